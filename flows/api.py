@@ -52,6 +52,8 @@ from numprune.quantization import BlockSchemes, Scheme, check_quantizable, schem
 from numprune.quantization.allocation import planned_schemes
 from numprune.quantization.walk import Fit, check_target, quantize_model
 from numprune.recovery import RecoveryOptions, RecoveryRows, distill
+from numprune.shape import ShapeChoice, shapes_of
+from numprune.shaping import choose_shape
 from numprune.target import Target
 from numprune.tasks import Comparison, Quality
 
@@ -82,6 +84,7 @@ __all__ = [
     "recover",
     "recovery_rows",
     "save",
+    "shapes_of",
     "weight_budget",
 ]
 
@@ -145,10 +148,11 @@ def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
     _refuse_quantized(model, "pruning")
     layers = ModelLayers(model.network, model.task)
     check_options(layers.anatomy, options)
+    options, shape = _with_one_shape(model, rows, options)
     dropped = pruning.what_to_drop(layers, rows.tokens, options)
     narrowing = pruning.narrowing_of(layers, rows.tokens, options)
     made = pruning.plan_layers(layers, rows.tokens, options, dropped=dropped, narrowing=narrowing)
-    return made.drawn(rows.draw, manifest.folder_digest(model.folder))
+    return made.model_copy(update={"shape": shape}).drawn(rows.draw, manifest.folder_digest(model.folder))
 
 
 def apply(plan: Plan, model: Model, rows: CalibrationRows) -> Model:
@@ -158,7 +162,7 @@ def apply(plan: Plan, model: Model, rows: CalibrationRows) -> Model:
         InputError: the plan is for another model, or has sizes that its target does not support.
     """
     steps.check_applies(plan, model.anatomy, model.folder, manifest.folder_digest(model.folder))
-    return _pruned(model, rows, options_of(plan), plan)
+    return _pruned(model, rows, options_of(plan), plan, plan.shape)
 
 
 def prune(model: Model, rows: CalibrationRows, options: PruneOptions) -> Model:
@@ -168,13 +172,25 @@ def prune(model: Model, rows: CalibrationRows, options: PruneOptions) -> Model:
         InputError: the options are not valid for this model.
     """
     check_options(model.anatomy, options)
-    return _pruned(model, rows, options, None)
+    options, shape = _with_one_shape(model, rows, options)
+    return _pruned(model, rows, options, None, shape)
 
 
-def _pruned(model: Model, rows: CalibrationRows, options: PruneOptions, plan: Plan | None) -> Model:
+def _with_one_shape(
+    model: Model, rows: CalibrationRows, options: PruneOptions
+) -> tuple[PruneOptions, ShapeChoice | None]:
+    if not options.shapes:
+        return options, None
+    _refuse_quantized(model, "pruning")
+    return choose_shape(model.network, rows.tokens, options, model.task)
+
+
+def _pruned(
+    model: Model, rows: CalibrationRows, options: PruneOptions, plan: Plan | None, shape: ShapeChoice | None
+) -> Model:
     _refuse_quantized(model, "pruning")
     found = pruning.prune(model.network, rows.tokens, options, task=model.task, plan=plan)
-    made = found.plan.drawn(rows.draw, manifest.folder_digest(model.folder))
+    made = found.plan.model_copy(update={"shape": shape}).drawn(rows.draw, manifest.folder_digest(model.folder))
     return Model(model.folder, found.model, model.tokenizer, model.task, made)
 
 

@@ -70,7 +70,8 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "budget_bytes": options.budget.limit if options.budget else None,
         "budget_time": recipe.prune.allowed.time,
         "budget_kv_bytes": recipe.prune.allowed.kv,
-        "drop_layers": recipe.prune.drop_layers,
+        "drop_layers": options.drop_layers,
+        "shapes": len(options.shapes),
         "drop_blocks": recipe.prune.drop_blocks,
         "hidden_size": [options.hidden_size, anatomy.hidden_size] if options.hidden_size else None,
         "hidden_size_is_chosen": narrows,
@@ -294,6 +295,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield _size_line(before, after)
     if found["hidden_size"]:
         yield "hidden size: {1:,} -> {0:,}".format(*found["hidden_size"])
+    if found["shapes"]:
+        yield f"hidden size and dropped layers: one of {found['shapes']} candidates, up to 4 of which are measured"
     if found["hidden_size_is_chosen"]:
         yield "hidden size: the masks choose it; embeddings and head shrink in addition to the above"
     yield _text_line(found["text"])

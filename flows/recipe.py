@@ -117,8 +117,6 @@ class Recipe(Section):
         for field, value, measured in (
             ("prune.ratio", self.prune.ratio, 0.0),
             ("prune.allocation", self.prune.allocation, "error"),
-            ("prune.drop_layers", self.prune.drop_layers, 0),
-            ("prune.drop_blocks", self.prune.drop_blocks, 0),
             ("prune.hidden_size", self.prune.hidden_size, 0),
             ("quantize.scheme", self.quantize.scheme, "none"),
             ("target.tensor_parallel", self.target.tensor_parallel, 1),

@@ -42,6 +42,7 @@ from numprune.flows.names import (
 from numprune.refinement import MINUTES
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
+from numprune.shape import shape_fields, shapes_of
 from numprune.target import Target as SizeTarget
 
 NO_BUDGET = "none"
@@ -111,6 +112,13 @@ def _budget(value: Any) -> Any:
     return value
 
 
+def _candidates(value: Any) -> Any:
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+        raise ValueError("must be a number of at least 0, or a list of them")
+    return _distinct(value) if isinstance(value, list) else value
+
+
 def _repeats(value: int) -> int:
     if not are_repeats(value):
         raise ValueError(REPEATS_RULE)
@@ -142,6 +150,7 @@ Prompts = Annotated[str | list[str], PlainValidator(_prompts)]
 FewShot = Annotated[int | Literal["task"], PlainValidator(_few_shot)]
 Limit = Annotated[int | Literal["all"], PlainValidator(_limit)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+Candidates = Annotated[int | list[int], PlainValidator(_candidates)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -193,7 +202,8 @@ class Data(Section):
 class Prune(Section):
     """The fields of numprune.options.PruneOptions except the target; `stream`: layer by layer, from disk.
 
-    `hidden_size` is 0 if it stays, or if masks choose it.
+    `hidden_size` is 0 if it stays, or if masks choose it. It and `drop_layers` may be lists of candidates, to which the
+    model's own are added.
 
     `budget`, in the place of `ratio`, which is 0 then: bytes that the released weights may take, as "6GiB", where
     `quantize.scheme` determines how blocks may be stored; the time of one step, as "20ms@decode,b=8,ctx=2048", by the
@@ -210,9 +220,9 @@ class Prune(Section):
     floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     skips: bool = False
     budget: Annotated[str | list[str], PlainValidator(_budget)] = NO_BUDGET
-    drop_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    drop_layers: Candidates = 0
     drop_blocks: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    hidden_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    hidden_size: Candidates = 0
     basis: Basis = "fisher"
     refine: Refine = "none"
     refine_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = MINUTES
@@ -227,6 +237,14 @@ class Prune(Section):
         if not isinstance(data, dict) or data.get("budget", NO_BUDGET) == NO_BUDGET:
             return data
         return {"ratio": 0.0, "allocation": "error", **data}
+
+    def shape_options(self) -> dict[str, Any]:
+        """Hidden size and dropped layers as fields of PruneOptions."""
+        asked = (self.hidden_size, self.drop_layers)
+        sizes, drops = ([one] if isinstance(one, int) else one for one in asked)
+        fields = shape_fields([size for size in sizes if size], drops)
+        # A list of one is a candidate beside the model's own.
+        return fields if all(isinstance(one, int) for one in asked) else {"shapes": shapes_of(sizes, drops)}
 
     @property
     def allowed(self) -> Asked:

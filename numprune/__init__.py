@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         recover,
         recovery_rows,
         save,
+        shapes_of,
         weight_budget,
     )
 
@@ -81,6 +82,7 @@ __all__ = [
     "recover",
     "recovery_rows",
     "save",
+    "shapes_of",
     "weight_budget",
 ]
 

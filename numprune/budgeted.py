@@ -49,8 +49,13 @@ def by_budgets(
     )
 
 
-def check_budgets(anatomy: Anatomy, budgets: Sequence[Budget], target: Target, allowed: Sizes) -> None:
-    """Refuse budgets that the model meets as it is, or that no choice meets. Raises InputError."""
+def check_budgets(
+    anatomy: Anatomy, budgets: Sequence[Budget], target: Target, allowed: Sizes, *, smaller: bool = False
+) -> None:
+    """Refuse budgets that the model meets as it is, or that no choice meets. Raises InputError.
+
+    `smaller`: the model has lost layers, blocks or coordinates already, which may be enough.
+    """
     levels = _levels(budgets, target)
     for budget in budgets:
         if isinstance(budget, TimeBudget):
@@ -58,7 +63,7 @@ def check_budgets(anatomy: Anatomy, budgets: Sequence[Budget], target: Target, a
     allowed = sizes_within(anatomy, budgets, allowed)
     limits = [_limit(anatomy, budget) for budget in budgets]
     costs = [_whole(anatomy, limit) for limit in limits]
-    if None in levels and all(cost <= limit.total for cost, limit in zip(costs, limits, strict=True)):
+    if not smaller and None in levels and all(cost <= limit.total for cost, limit in zip(costs, limits, strict=True)):
         asked = " and ".join(limit.words(limit.total) for limit in limits)
         found = " and ".join(limit.words(cost) for cost, limit in zip(costs, limits, strict=True))
         raise InputError(

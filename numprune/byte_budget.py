@@ -4,7 +4,7 @@ No tensor library is needed.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Annotated, Literal
 
@@ -52,6 +52,10 @@ class ByteBudget:
     around: Annotated[int, Field(ge=0)]
     value: ValueBytes
     levels: Annotated[tuple[SchemeName | None, ...], Field(min_length=1)] = (None,)
+
+    def resized(self, before: int, after: int) -> "ByteBudget":
+        """Return the budget after the number of parameters outside the blocks has changed, in the same precision."""
+        return replace(self, around=-(-self.around * after // before))
 
 
 def parse(text: str) -> int:

@@ -166,12 +166,13 @@ def _within(
     This takes a pass over the dense model.
     """
     layers = walker.layers
-    allowed = _allowed(layers.anatomy, options)
+    anatomy, of_width = left_of(layers.anatomy, options, ())
+    allowed = _allowed(anatomy, of_width)
     levels = levels_of(options.budget, options.target) if options.budget else ()
     errors = error_curves(layers, dense_inputs(walker, rows, known), options, gradients, least_units(allowed))
     schemes = [level for level in levels if level is not None]
     rounding = rounding_prices(walker, rows, gradients.output, schemes) if schemes else {}
-    found = by_budgets(layers.anatomy, options.budgets, options.target, allowed, errors, rounding)
+    found = by_budgets(anatomy, of_width.budgets, options.target, allowed, errors, rounding)
     price = Price(  # further digits depend on the machine
         nats_per_token=float(f"{found.price:.4g}"), bound_nats_per_token=float(f"{found.bound:.4g}")
     )

@@ -22,6 +22,7 @@ from numprune.plans import Plan
 from numprune.quantization import check_quantizable
 from numprune.quantization.allocation import levels_of
 from numprune.refinement import MINUTES, REFINEMENTS
+from numprune.shape import PLAIN, Shape
 from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
 from numprune.target import Sizes, Target, allowed_sizes, nearest
@@ -52,6 +53,8 @@ class PruneOptions:
         drop_layers: number of whole layers to remove; units make up the rest of the ratio.
         drop_blocks: number of attention blocks and MLPs to remove, likewise; instead of `drop_layers`.
         hidden_size: of the result; units make up the rest of the ratio. None: it stays, or masks choose it.
+        shapes: candidates of `hidden_size` and `drop_layers`, the model's own among them, of which `choose_shape` of
+            shaping.py takes one; the two are then not set. Empty: there is nothing to choose.
         basis: which coordinates a smaller hidden size keeps, see basis.py.
         refine: "search": search for better sizes of the same budget, starting from those of the allocation `error`
             (numprune.search); "none": do not. A plan that is followed is not refined again.
@@ -77,6 +80,7 @@ class PruneOptions:
     drop_layers: int = 0
     drop_blocks: int = 0
     hidden_size: int | None = None
+    shapes: Sequence[Shape] = ()
     basis: Basis = "fisher"
     refine: str = "none"
     refine_minutes: float = MINUTES
@@ -154,6 +158,8 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
     if options.budgets:
         _check_budgeted(anatomy, options)
     _check_refined(anatomy, options, planned=planned)
+    if options.shapes:
+        _check_shapes(anatomy, options)
     options.limits.check(anatomy)
     _check_hidden(anatomy, options, planned=planned)
     part_of = {name: axis for name, axis in AXES.items() if axis.kind in anatomy.kinds}
@@ -168,7 +174,10 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
     blocks = smallest_blocks(anatomy, options.drop_blocks, options.limits.protected(anatomy))
     rest, left = left_of(anatomy, options, dropped, blocks)
     allowed = sizes_allowed(rest, left)
+    smaller = bool(dropped or blocks or options.hidden_size)
     try:
+        if left.budgets:
+            check_budgets(rest, left.budgets, left.target, allowed, smaller=smaller)
         check_ratio(rest, left.ratio, allowed)
         if options.allocation == "uniform":
             uniform(rest, left.ratio, allowed)
@@ -176,9 +185,8 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         if not dropped and not blocks:
             raise
         what, count = ("layers", len(dropped)) if dropped else ("blocks", len(blocks))
-        raise InputError(
-            f"with drop_{what} {count} the other {what} must lose {left.ratio:.4f} of theirs: {error}"
-        ) from None
+        must = "" if left.budgets else f" the other {what} must lose {left.ratio:.4f} of theirs"
+        raise InputError(f"with drop_{what} {count}{must}: {error}") from None
 
 
 def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> None:
@@ -216,6 +224,45 @@ def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) ->
             f"refine: the search measures weights that are not quantized, and the budget counts blocks in {schemes}; "
             "leave refine out, or quantize to none"
         )
+
+
+def _check_shapes(anatomy: Anatomy, options: PruneOptions) -> None:
+    """Refuse candidates of which one is invalid by itself, or none is within the ratio or the budget."""
+    what = "hidden_size, drop_layers: candidates"
+    if options.hidden_size is not None or options.drop_layers or options.drop_blocks:
+        raise InputError(f"{what} are given, and hidden_size, drop_layers or drop_blocks too; leave one of them out")
+    if options.allocation not in ("error", "uniform"):
+        raise InputError(f"{what} are compared by price; allocation is {options.allocation!r}, set it to error")
+    if options.compensation not in REFITTING:
+        raise InputError(
+            f"{what} are priced with refitted weights; compensation is {options.compensation!r}, use one of "
+            f"{', '.join(REFITTING)}"
+        )
+    if options.refine != "none":
+        raise InputError(f"{what} are chosen before sizes are refined; leave refine out, or give one of each")
+    if anatomy.of_kind("experts"):
+        raise InputError(f"{what} are not supported for models with experts; give one of each")
+    others = [shape for shape in options.shapes if shape != PLAIN]
+    for size in dict.fromkeys(shape.hidden_size for shape in others):
+        alone = with_shape(options, Shape(size, 0))
+        if options.budgets:
+            _check_budgeted(anatomy, alone)
+        _check_hidden(anatomy, alone, planned=False)
+    for count in dict.fromkeys(shape.drop_layers for shape in others):
+        smallest_layers(anatomy, count, protected_layers(anatomy, options))
+    refusals = []
+    for shape in others:
+        try:
+            check_options(anatomy, with_shape(options, shape))
+        except InputError as error:
+            refusals.append(error)
+    if len(refusals) == len(others):
+        raise refusals[0]
+
+
+def with_shape(options: PruneOptions, shape: Shape) -> PruneOptions:
+    """Return the options for one shape."""
+    return replace(options, shapes=(), hidden_size=shape.hidden_size, drop_layers=shape.drop_layers)
 
 
 def _check_removing_blocks(anatomy: Anatomy, options: PruneOptions, asked: str) -> None:
@@ -293,19 +340,19 @@ def _check_budgeted(anatomy: Anatomy, options: PruneOptions) -> None:
         )
     if options.allocation != "error":
         raise InputError(f"a budget is divided by error; allocation is {options.allocation!r}, set it to error")
-    if options.drop_layers or options.drop_blocks:
-        what = "layers" if options.drop_layers else "blocks"
-        raise InputError(f"drop_{what}: {what} are dropped by the ratio; leave it out, or use a ratio and no budget")
-    if HIDDEN_SIZE in options.axes or options.hidden_size is not None:
+    if HIDDEN_SIZE in options.axes:
         raise InputError(
-            f"a budget counts embeddings at their full size; leave out hidden_size and the axis {HIDDEN_SIZE}, or give "
-            "a ratio"
+            f"axes: a budget counts embeddings at their full size; leave out {HIDDEN_SIZE}, or give a ratio"
+        )
+    if options.time_budget is not None and options.hidden_size is not None:
+        raise InputError(
+            f"hidden_size is {options.hidden_size}, and the timings are of blocks of hidden size "
+            f"{anatomy.hidden_size}; leave it out, or use another budget"
         )
     if options.kv_budget is not None and anatomy.task != "causal-lm":
         raise InputError(f"the budget is {options.kv_budget}, and this {anatomy.task} model has no KV cache")
     if options.budget is not None:
         _check_storable(anatomy, options, options.budget)
-    check_budgets(anatomy, options.budgets, options.target, sizes_allowed(anatomy, options))
 
 
 def _check_storable(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -> None:
@@ -337,14 +384,18 @@ def known_results(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
     """Return the possible results as far as the configuration determines them; `planned` as in `check_options`.
 
     One anatomy if nothing is priced, several if `uniform` chooses one by price, and none if each layer gets its own
-    size or there are experts (too many to list). It does not matter which layers are dropped: under `uniform`, all have
-    the same size.
+    size, the shape is chosen, or there are experts (too many to list). It does not matter which layers are dropped:
+    under `uniform`, all have the same size.
 
     Raises:
         InputError: like `check_options`.
     """
     check_options(anatomy, options, planned=planned)
-    if options.allocation != "uniform" or (anatomy.of_kind("experts") and options.compensation in REFITTING):
+    if (
+        options.shapes
+        or options.allocation != "uniform"
+        or (anatomy.of_kind("experts") and options.compensation in REFITTING)
+    ):
         return []
     dropped = smallest_layers(anatomy, options.drop_layers, protected_layers(anatomy, options))
     rest, left = left_of(anatomy, options, dropped)
@@ -367,23 +418,31 @@ def left_of(
 ) -> tuple[Anatomy, PruneOptions]:
     """Return the anatomy without these layers or blocks, at the new hidden size, and the options for it.
 
-    These have its share of the ratio, and its block names.
+    These have its share of the ratio, or its budgets, and its block names.
     """
     if blocks:
-        ratio = ratio_left(anatomy, options.ratio, (), blocks)
+        ratio = 0.0 if options.budgets else ratio_left(anatomy, options.ratio, (), blocks)
         anatomy, options = without_blocks(anatomy, blocks), replace(options, ratio=ratio, drop_blocks=0)
     if dropped:
         rest, protected = anatomy.without(dropped), options.limits.protected(anatomy)
         before = [block.name for block in anatomy.blocks if block.layer not in dropped]
         keep = [block.name for block, name in zip(rest.blocks, before, strict=True) if name in protected]
-        ratio = ratio_left(anatomy, options.ratio, dropped)
+        ratio = 0.0 if options.budgets else ratio_left(anatomy, options.ratio, dropped)
         anatomy, options = rest, replace(options, ratio=ratio, keep=keep, drop_layers=0)
     if options.hidden_size is not None:
         narrow = narrowed(anatomy, options.hidden_size, options.basis)
         whole, left = (budget_of(one).prunable_parameters for one in (anatomy, narrow))
         ratio = ratio_beside(options.ratio, whole, left)
-        anatomy, options = narrow, replace(options, ratio=ratio, hidden_size=None)
+        options = around_left(replace(options, ratio=ratio, hidden_size=None), anatomy, narrow)
+        anatomy = narrow
     return anatomy, options
+
+
+def around_left(options: PruneOptions, before: Anatomy, after: Anatomy) -> PruneOptions:
+    """Return the options with a budget of bytes that counts the embeddings and norms of `after`, not `before`."""
+    if options.budget is None:
+        return options
+    return replace(options, budget=options.budget.resized(before.fixed_parameters, after.fixed_parameters))
 
 
 def sizes_allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from numprune.blocks import Anatomy
 from numprune.errors import InputError
+from numprune.hidden import narrowed
 from numprune.options import check_options, options_of
 from numprune.plans import Plan
 from numprune.quantization.allocation import Form, levels_of, model_bytes
@@ -100,7 +101,8 @@ def _bytes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
         return
     levels = {level and level.name: level for level in levels_of(plan.budget, plan.target)}
     forms = {name: Form(size, levels.get(plan.blocks[name].scheme)) for name, size in plan.sizes().items()}
-    total = model_bytes(anatomy, forms, plan.budget)
+    narrow = narrowed(anatomy, len(plan.hidden.kept), plan.hidden.basis) if plan.hidden else anatomy
+    total = model_bytes(narrow, forms, plan.budget.resized(anatomy.fixed_parameters, narrow.fixed_parameters))
     if total > plan.budget.limit:
         yield (
             f"its sizes and schemes take {total:,} bytes, and its budget is {plan.budget.limit:,}; keep less, or "

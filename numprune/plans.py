@@ -13,6 +13,7 @@ from numprune.cache_budget import KvBudget
 from numprune.errors import InputError
 from numprune.hidden import Basis, narrowed
 from numprune.refinement import Refinement
+from numprune.shape import ShapeChoice
 from numprune.slices import Kept, Size
 from numprune.target import Target
 from numprune.time_budget import TimeBudget
@@ -244,6 +245,7 @@ class Plan(BaseModel):
             are renumbered in the result, but not here.
         dropped_blocks: the removed blocks, in the order in which they were chosen.
         hidden: None: the hidden size stays.
+        shape: how hidden size and number of layers were chosen; None: there were no candidates.
         splits: considered by uniform allocation: first the chosen one, then the others, cheapest first. None if nothing
             was
             priced: only one split meets the ratio, the consumers are not refitted, or the allocation is another.
@@ -276,6 +278,7 @@ class Plan(BaseModel):
     dropped: list[DroppedLayer] = []
     dropped_blocks: list[DroppedBlock] = Field(default=[], exclude_if=_is_empty)
     hidden: HiddenPlan | None = Field(default=None, exclude_if=_is_none)
+    shape: ShapeChoice | None = Field(default=None, exclude_if=_is_none)
     splits: list[PricedSplit] | None = None
     refinement: Refinement | None = Field(default=None, exclude_if=_is_none)
     blocks: dict[str, BlockPlan]

@@ -38,7 +38,7 @@ from numprune.hidden import Basis, Narrowing, removed, silence
 from numprune.inputs import FROM_PRUNED_PREFIX, Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
-from numprune.options import REFITTING, PruneOptions, check_options, left_of, protected_layers
+from numprune.options import REFITTING, PruneOptions, around_left, check_options, left_of, protected_layers
 from numprune.plans import BlockPlan, Calibration, DroppedBlock, DroppedLayer, HiddenPlan, Plan, PricedSplit
 from numprune.progress import progress
 from numprune.rotation import RotatedLayers
@@ -99,7 +99,7 @@ def what_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> Sequenc
     """Return the layers, or the blocks, to drop by these options (depth.py)."""
     if options.refine != "none":
         check_searchable(len(rows), resident=layers.resident)
-    ratio, batch_size = options.ratio, options.batch_size
+    ratio, batch_size = 1.0 if options.budgets else options.ratio, options.batch_size
     if options.drop_blocks:
         names = options.limits.protected(layers.anatomy)
         return choose_blocks(layers, rows, options.drop_blocks, ratio, names, batch_size)
@@ -317,6 +317,8 @@ def _rest(
     planned: bool = False,
 ) -> _Rest:
     """Check everything and return the part to prune. Raises InputError."""
+    if options.shapes:
+        raise ValueError("the options have several shapes; choose_shape takes one of them")
     if len(dropped) != options.drop_layers + options.drop_blocks:
         raise ValueError(f"{len(dropped)} layers or blocks are dropped, and the options say another number")
     if (len(narrowing.kept) if narrowing else None) != options.hidden_size:
@@ -325,13 +327,16 @@ def _rest(
     check_rows(layers.anatomy, rows)
     if options.refine != "none":
         check_searchable(len(rows), resident=layers.resident)
+    asked = options
     if narrowing is not None and narrowing.rotation is not None:
-        layers, known = RotatedLayers(layers, narrowing.rotation), None
+        rotated = RotatedLayers(layers, narrowing.rotation)
+        options = around_left(options, layers.anatomy, rotated.anatomy)
+        layers, known = rotated, None
     if known and layers.anatomy.of_kind("experts"):
         known = replace(known, moments=None)  # refitting experts needs a pass of its own
     if not dropped:
-        return _Rest(layers, layers, options, options, known, (), narrowing)
-    rest = _Rest(layers, layers, options, options, None, dropped, narrowing)
+        return _Rest(layers, layers, asked, options, known, (), narrowing)
+    rest = _Rest(layers, layers, asked, options, None, dropped, narrowing)
     _, left = left_of(layers.anatomy, replace(options, hidden_size=None), rest.gone, rest.lost)
     left = replace(left, hidden_size=options.hidden_size)
     without = Sparser(layers, rest.lost) if rest.lost else Shallower(layers, rest.gone)

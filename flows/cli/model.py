@@ -153,6 +153,8 @@ def inspect(args: argparse.Namespace) -> Answer:
             f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, {', '.join(plan.limits)}"
         )
         lines += [f"  {line}" for line in dropped_lines(plan, LOSS_UNITS[anatomy.task])]
+        if plan.shape:
+            lines += [f"  {line}" for line in plan.shape.lines()]
         if plan.price:
             lines.append(f"  {'sizes priced at':<36} {plan.price}")
         if plan.refinement:

@@ -33,11 +33,11 @@ _DEFAULTS: dict[str, Any] = {
     "keep": [],
     "floor": [],
     "skips": False,
-    "drop_layers": 0,
+    "drop_layers": [],
     "drop_blocks": 0,
     "refine": "none",
     "refine_minutes": MINUTES,
-    "hidden_size": None,
+    "hidden_size": [],
     "basis": "fisher",
     "seed": 0,
 }
@@ -121,7 +121,15 @@ def add(commands: Subcommands) -> None:
         help="rows of the text to calibrate on (default: 128, or as many as the plan was chosen on without training)",
     )
     add_limits(parser, get_args(names.Axis), names.DEFAULT_AXES)
-    _add_number(parser, "drop_layers", 0, "whole layers to drop, the cheapest ones; units make up the rest")
+    parser.add_argument(
+        "--drop-layers",
+        nargs="+",
+        action="extend",
+        type=at_least(0),
+        metavar="N",
+        help="whole layers to drop, the cheapest ones; units make up the rest; several numbers are candidates beside 0 "
+        "(default: 0)",
+    )
     _add_number(
         parser, "drop_blocks", 0, "attention blocks and MLPs to drop, likewise, with --allocation error or global"
     )
@@ -140,9 +148,12 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--hidden-size",
+        nargs="+",
+        action="extend",
         type=at_least(1),
         metavar="N",
-        help="hidden size of the result; units make up the rest of the ratio (default: the model's)",
+        help="hidden size of the result; units make up the rest of the ratio or budget; several sizes are candidates, "
+        "compared with the model's and all --drop-layers (default: the model's)",
     )
     parser.add_argument(
         "--basis",
@@ -266,6 +277,7 @@ def prune(args: argparse.Namespace) -> Answer:
         "dropped_blocks": [drop.model_dump() for drop in made.dropped_blocks],
         "hidden_size": made.hidden_size,
         "price": made.price.model_dump() if made.price else None,
+        "shape": made.shape.model_dump() if made.shape else None,
         "refinement": made.refinement.model_dump() if made.refinement else None,
         "schemes": made.schemes,
         "weight_bytes_before": made.weight_bytes_before,
@@ -286,6 +298,8 @@ def prune(args: argparse.Namespace) -> Answer:
         f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
         f"peak {size(peak)}"
     )
+    if made.shape:
+        text += "\n" + "\n".join(made.shape.lines())
     if made.price:
         text += f"\nsizes priced at {made.price}"
     if made.refinement:
@@ -387,12 +401,14 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
 def options_of_arguments(given: Mapping[str, Any]) -> "PruneOptions":
     """Return the options of pruning that were given by the names of their arguments, the others by default."""
     from numprune.options import PruneOptions
+    from numprune.shape import shape_fields
     from numprune.target import Target
 
     chosen = _DEFAULTS | dict(given)
     target = Target(**{name: chosen.pop(name) for name in ("align", "tensor_parallel", "quantization_group")})
     floors = dict(chosen.pop("floor"))
-    return PruneOptions(**chosen, target=target, floors=floors)
+    shape = shape_fields(chosen.pop("hidden_size"), chosen.pop("drop_layers"))
+    return PruneOptions(**chosen, **shape, target=target, floors=floors)
 
 
 def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answer:
@@ -422,6 +438,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
         "schemes": plan.schemes(),
         "price": plan.price.model_dump() if plan.price else None,
+        "shape": plan.shape.model_dump() if plan.shape else None,
         "refinement": plan.refinement.model_dump() if plan.refinement else None,
         "predicted_ms": plan.time_budget.predicted(after).ms if plan.time_budget else None,
         "seconds": time.perf_counter() - started,
@@ -439,6 +456,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         lines.append(f"  {'hidden size':<36} {before.hidden_size:,} -> {kept:,} (basis {basis})")
     lines += [f"  {line}" for line in (*dropped_lines(plan, load_task(base).unit), *sizes_lines(after))]
     lines += [f"  {line}" for line in schemes_lines(plan)]
+    lines += [f"  {line}" for line in plan.shape.lines()] if plan.shape else []
     lines += [f"  {'sizes priced at':<36} {plan.price}"] if plan.price else []
     lines += [f"  {plan.refinement}"] if plan.refinement else []
     lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []

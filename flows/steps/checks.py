@@ -55,6 +55,7 @@ from numprune.serving.registry import open_registry
 from numprune.serving.report import ONCE, Report, TaskAccuracy, path_of
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
+from numprune.shaping import check_comparable
 from numprune.tasks import Task, TaskName
 from numprune.tasks.codes import ImageCodes
 from numprune.tasks.image_classification import ImageClassification
@@ -254,6 +255,8 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
         check_options(anatomy, options)
         if recipe.prune.refine != "none":
             check_searchable(recipe.data.samples, resident=not recipe.prune.stream)
+        if options.shapes:
+            check_comparable(recipe.data.samples, resident=not recipe.prune.stream)
     else:
         # What a budget of time allows is known once blocks are measured.
         timed = recipe.prune.allowed.time is not None

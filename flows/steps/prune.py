@@ -45,6 +45,8 @@ from numprune.plans import PLAN_FILE, Draw, DroppedLayer, HiddenPlan, Plan, read
 from numprune.quantization.allocation import Form, block_bytes
 from numprune.renumber import renumber_tensors
 from numprune.search.refine import check_searchable
+from numprune.shape import ShapeChoice
+from numprune.shaping import check_comparable, choose_shape
 from numprune.surgery import skeleton
 from numprune.target import Target
 from numprune.tensors import tensor_table
@@ -62,7 +64,7 @@ def options_of(asked: Prune, target: Target, base: Path, scheme: str) -> PruneOp
     """Return the options of a recipe for the model in `base`; `scheme` as in `byte_budget`."""
     allowed = asked.allowed
     budget = None if allowed.bytes is None else byte_budget(base, allowed.bytes, scheme)
-    fields = asked.model_dump(exclude={"stream", "budget"}) | {"hidden_size": asked.hidden_size or None}
+    fields = asked.model_dump(exclude={"stream", "budget", "hidden_size", "drop_layers"}) | asked.shape_options()
     cache = None if allowed.kv is None else kv_budget(base, allowed.kv)
     return PruneOptions(**fields, target=target, budget=budget, kv_budget=cache)
 
@@ -126,9 +128,10 @@ def prune_checkpoint(
     Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError.
     """
     compressed_tensors.refuse_quantized(base, "pruning")
-    anatomy, digest = read_anatomy(read_config(base)), manifest.folder_digest(base)
+    anatomy, digest, shape = read_anatomy(read_config(base)), manifest.folder_digest(base), None
     if plan is None:
         _check(anatomy, rows, options, stream=stream)
+        options, shape = _with_one_shape(base, rows, options, device)
     else:
         check_applies(plan, anatomy, base, digest)
     if problem := other_reading(base):
@@ -139,6 +142,7 @@ def prune_checkpoint(
     make = _prune_streamed if stream else _prune_in_memory
     with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
+        made = made.model_copy(update={"shape": plan.shape if plan else shape})
         describe(folder, origin or base, made)
         check_budget(made, folder)
     # From the files, not from the float32 model in memory: the size of the cache depends on the data type.
@@ -158,6 +162,7 @@ def prune_checkpoint(
         hidden_size=[len(made.hidden.kept), made.hidden.size] if made.hidden else None,
         refinement=made.refinement,
         price=made.price,
+        shape=made.shape,
     )
 
 
@@ -165,6 +170,17 @@ def _check(anatomy: Anatomy, rows: Tensor, options: PruneOptions, *, stream: boo
     check_options(anatomy, options)
     if options.refine != "none":
         check_searchable(len(rows), resident=not stream)
+    if options.shapes:
+        check_comparable(len(rows), resident=not stream)
+
+
+def _with_one_shape(
+    base: Path, rows: Tensor, options: PruneOptions, device: torch.device
+) -> tuple[PruneOptions, ShapeChoice | None]:
+    """Return the options with one of their shapes, and how it was chosen; None: there were no candidates."""
+    if not options.shapes:
+        return options, None
+    return choose_shape(load_model(base).to(device), rows, options, load_task(base))
 
 
 def check_applies(plan: Plan, anatomy: Anatomy, base: Path, digest: str) -> None:
@@ -215,6 +231,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
                 "splits": True,
                 "refinement": True,
                 "price": True,
+                "shape": True,
             },
         )
     }
@@ -289,6 +306,7 @@ def plan_checkpoint(
     """
     compressed_tensors.refuse_quantized(base, "pruning")
     _check(read_anatomy(read_config(base)), rows, options, stream=stream)
+    options, shape = _with_one_shape(base, rows, options, device)
     layers: Layers
     if stream:
         layers = CheckpointLayers(base, scratch=scratch, device=device)
@@ -298,4 +316,4 @@ def plan_checkpoint(
     dropped = pruning.what_to_drop(layers, rows, options)
     narrowing = pruning.narrowing_of(layers, rows, options)
     plan = pruning.plan_layers(layers, rows, options, dropped=dropped, narrowing=narrowing)
-    return plan.drawn(draw, manifest.folder_digest(base))
+    return plan.model_copy(update={"shape": shape}).drawn(draw, manifest.folder_digest(base))

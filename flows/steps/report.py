@@ -93,6 +93,7 @@ def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoin
         "kept_units": pruned.kept_units,
         "dropped_layers": [drop.layer for drop in pruned.dropped_layers],
         "hidden_size": pruned.hidden_size,
+        "shape": pruned.shape.lines() if pruned.shape else [],
         "refinement": None if found is None else {**found.model_dump(), "summary": str(found)},
     }
 

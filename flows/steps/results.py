@@ -11,6 +11,7 @@ from numprune.flows.names import TaskRuntime
 from numprune.plans import Draw, DroppedBlock, DroppedLayer, Price
 from numprune.refinement import Refinement
 from numprune.serving.report import LatencyBudget, Outcome
+from numprune.shape import ShapeChoice
 
 Parity = dict[str, Any]  # `parity.<runtime>` of the report
 
@@ -69,6 +70,7 @@ class PrunedCheckpoint:
         hidden_size: [kept, of], or None: all are kept.
         refinement: of the plan's sizes, or None.
         price: of what budgets chose, or None.
+        shape: how hidden size and number of layers were chosen, or None.
     """
 
     digest: str
@@ -85,6 +87,7 @@ class PrunedCheckpoint:
     hidden_size: list[int] | None
     refinement: Refinement | None
     price: Price | None
+    shape: ShapeChoice | None
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         raise InputError(
             "budget: masks choose sizes for weights that are not quantized; use a ratio, or leave the scheme out"
         )
-    if options.drop_layers:
+    if options.drop_layers or options.shapes:
         raise InputError("drop_layers: masks learn units, not layers; drop layers with numprune prune")
     if options.drop_blocks:
         raise InputError("drop_blocks: masks remove blocks with skips; use that instead")

@@ -136,6 +136,8 @@ def _kept(pruning: Pruning) -> Iterable[str]:
         yield f"- Layers dropped: {listed(pruning.dropped_layers)}"
     if pruning.hidden_size:
         yield "- Hidden size: {1:,} → {0:,}".format(*pruning.hidden_size)
+    for line in pruning.shape:
+        yield f"- {cell(line[:1].upper() + line[1:])}"
     if pruning.price:
         yield f"- Sizes priced at {cell(pruning.price.summary)}"
     if pruning.refinement:

@@ -51,6 +51,37 @@ def test_prune_cuts_the_hidden_size(numprune: Command, tiny: Path, tmp_path: Pat
     assert followed.json["digest"] == pruned.json["digest"]
 
 
+def test_candidates_are_compared_and_the_plan_says_how(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    base, text = tiny / "base", ("--text", tiny / "train.txt", *SAMPLED)
+    asked = ("--ratio", 0.55, "--hidden-size", 48, 56, "--drop-layers", 1, "--basis", "coordinates", *text)
+    pruned = numprune("prune", base, tmp_path / "out", *asked, "--json")
+    assert pruned.code == 0, pruned.err
+    plan = read_plan(tmp_path / "out" / PLAN_FILE)
+    assert plan.shape is not None
+    assert pruned.json["shape"] == plan.shape.model_dump()
+    chosen = plan.shape.tried[0]
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (stored["hidden_size"], 2 - stored["num_hidden_layers"]) == (chosen.hidden_size, chosen.drop_layers)
+    assert plan.shape.lines()[0] in numprune("inspect", tmp_path / "out").out
+    followed = numprune("prune", base, tmp_path / "followed", "--plan", tmp_path / "out" / PLAN_FILE, *text, "--json")
+    assert followed.json["digest"] == pruned.json["digest"]
+    refused = numprune("prune", base, tmp_path / "streamed", *asked, "--stream")
+    assert "candidates are pruned and compared in memory, which streaming avoids" in refused.err
+
+
+def test_candidates_in_a_recipe_are_forecast(tiny: Path, tmp_path: Path) -> None:
+    changes = ["prune.hidden_size=[56]", "prune.drop_layers=[0, 1]", "prune.ratio=0.55", "prune.basis=coordinates"]
+    asked = recipe.load(tiny / "recipe.toml", changes)
+    found = forecast.forecast(asked, tmp_path / "w")
+    assert (found["shapes"], found["hidden_size"], found["exact"]) == (4, None, False)
+    assert "one of 4 candidates" in forecast.text(found)
+    (tmp_path / "resolved.toml").write_text(asked.to_toml())
+    assert recipe.load(tmp_path / "resolved.toml") == asked
+    for change in ("prune.hidden_size=[]", "prune.drop_layers=[1, 1]", "prune.hidden_size='auto'"):
+        with pytest.raises(InputError, match=r"prune\.(hidden_size|drop_layers)"):
+            recipe.load(tiny / "recipe.toml", [*changes, change])
+
+
 def test_a_basis_alone_is_refused(numprune: Command, tmp_path: Path) -> None:
     answered = numprune("prune", "m", tmp_path / "o", "--ratio", 0.3, "--basis", "fisher", "--text", "t")
     assert answered.code == 1

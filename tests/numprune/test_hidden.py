@@ -34,6 +34,8 @@ from numprune.recovery.prices import block_prices
 from numprune.slices import Kept
 from numprune.surgery import assemble
 from numprune.target import Target
+from numprune.time_budget import TimeBudget
+from numprune.timings import ScenarioTimes, Time
 from tests.conftest import build_tiny, recast, write_checkpoint
 
 ROWS = torch.randint(0, 256, (8, 20), generator=torch.Generator().manual_seed(0))
@@ -497,11 +499,29 @@ def test_a_hidden_size_that_cannot_be_or_does_not_pay_is_refused(tied, options, 
         check_options(anatomy, PruneOptions(0.0, **options))
 
 
-def test_a_budget_beside_a_hidden_size_is_refused():
-    anatomy = read_anatomy(build_tiny().config)
-    options = PruneOptions(0.0, allocation="error", budget=ByteBudget(10_000, 0, 4, (None,)), hidden_size=48)
-    with pytest.raises(InputError, match="a budget counts embeddings at their full size; leave out hidden_size"):
-        check_options(anatomy, options)
+@pytest.mark.parametrize(("basis", "dropped"), [("fisher", 0), ("coordinates", 1)])
+def test_a_budget_of_bytes_counts_the_narrower_embeddings_and_dropped_layers(basis, dropped):
+    model = build_tiny()
+    anatomy = read_anatomy(model.config)
+    around = 4 * anatomy.fixed_parameters
+    stored = sum(4 * parameter.numel() for parameter in model.parameters())
+    budget = ByteBudget(int((0.5 if basis == "fisher" else 0.35) * stored), around, 4)
+    options = PruneOptions(
+        *(0.0, "obs", "error", "oneshot"), budget=budget, hidden_size=48, basis=basis, drop_layers=dropped
+    )
+    made = prune(model, ROWS, options)
+    found = sum(4 * parameter.numel() for parameter in made.model.parameters())
+    assert 0.9 * budget.limit < found <= budget.limit
+    check_plan(anatomy, made.plan)
+    with pytest.raises(InputError, match="its sizes and schemes take"):
+        check_plan(anatomy, made.plan.model_copy(update={"budget": replace(budget, limit=int(0.97 * found))}))
+
+
+def test_a_budget_of_time_is_measured_at_one_hidden_size():
+    times = ScenarioTimes(scenario="decode,b=1,ctx=8", around=Time(ms=1, interval95=(1, 1)), blocks={})
+    options = PruneOptions(0.0, allocation="error", time_budget=TimeBudget(1, times, "torch"), hidden_size=48)
+    with pytest.raises(InputError, match="hidden_size is 48, and the timings are of blocks of hidden size 64"):
+        check_options(read_anatomy(build_tiny().config), options)
 
 
 @pytest.mark.parametrize("kept", [[1, 2], [0, 2]])

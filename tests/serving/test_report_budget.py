@@ -11,7 +11,13 @@ BITS = {"layers.0.attention": 4, "layers.0.mlp": 8, "layers.1.attention": 4, "la
 def test_text_and_page_say_the_budget_and_the_bits_of_each_layer() -> None:
     data = copy.deepcopy(COMPLETE)
     price = {"nats_per_token": 0.02, "bound_nats_per_token": 0.019, "summary": "0.02 nats per token, or more"}
-    data["pruning"] |= {"ratio_asked": None, "budget_asked": 6 << 30, "kv_budget_asked": 64 << 10, "price": price}
+    data["pruning"] |= {
+        "ratio_asked": None,
+        "budget_asked": 6 << 30,
+        "kv_budget_asked": 64 << 10,
+        "price": price,
+        "shape": ["chosen shape: 48"],
+    }
     sizes = {"baseline": 100, "candidate": 40}
     data["quantization"] = {"scheme": "mixed", "group_size": 32, "method": "gptq", "weight_bytes": sizes, "bits": BITS}
     report = Report.model_validate(data)
@@ -25,6 +31,7 @@ def test_text_and_page_say_the_budget_and_the_bits_of_each_layer() -> None:
         assert "eights of at most" in shown
         assert "of KV cache per token" in shown
         assert "0.02 nats per token, or more" in shown
+        assert "hosen shape: 48" in shown
     data["quantization"] |= {"weight_bytes": {"baseline": 40, "candidate": 40}, "bits": dict.fromkeys(BITS, 16)}
     report = Report.model_validate(data)
     for shown in (markdown(report), page.html(report)):

@@ -182,6 +182,7 @@ class Pruning(Model):
     attention: Attention | None = None
     dropped_layers: list[Count] = Field(default=[])  # by index in the baseline; their blocks keep nothing
     hidden_size: tuple[Count, Count] | None = None  # (kept, of), if coordinates were removed
+    shape: list[str] = Field(default=[])  # candidates of hidden size and layers, the chosen one first
     refinement: Refinement | None = None  # of the sizes
 
 

@@ -303,7 +303,7 @@ def test_a_plan_without_a_budget_has_no_word_of_it(model):
     [
         ({"ratio": 0.3}, "ratio is 0.3, and a budget is given"),
         ({"allocation": "uniform"}, "a budget is divided by error; allocation is 'uniform'"),
-        ({"drop_layers": 1}, "drop_layers: layers are dropped by the ratio"),
+        ({"drop_layers": 1, "budget": budget(7000)}, "with drop_layers 1: the budget is 7,000 bytes, but embeddings"),
         ({"compensation": "bias"}, "compensation bias adds tensors that a budget does not count"),
         ({"target": Target(align=32)}, "quantization_group is 1; for blocks in w4a16 it must be one of 32, 64, 128"),
         ({"target": Target(quantization_group=128)}, "128, which does not divide the model's hidden_size 64"),

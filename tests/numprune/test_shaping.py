@@ -1,0 +1,131 @@
+"""Hidden size, dropped layers and units in one ratio or budget: prices, and the choice among measured candidates."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from numprune import basis
+from numprune.anatomy import read_anatomy
+from numprune.byte_budget import ByteBudget
+from numprune.curves import error_at
+from numprune.errors import InputError
+from numprune.hidden import Narrowing
+from numprune.layers import CopiedLayers
+from numprune.learning import check_learning
+from numprune.options import PruneOptions, check_options, with_shape
+from numprune.pruning import plan_layers, prune
+from numprune.shape import PLAIN, Shape, shape_fields, shapes_of
+from numprune.shaping import _Study, choose_shape, divergence, stream_loss
+from tests.conftest import build_tiny
+
+ROWS = torch.randint(0, 256, (16, 20), generator=torch.Generator().manual_seed(0))
+SHAPES = shapes_of([56, 48], [1])
+OPTIONS = PruneOptions(0.4, "magnitude", "error", "oneshot", shapes=SHAPES)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_tiny(num_hidden_layers=3, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def study(model):
+    return _Study.of(model, CopiedLayers(model), ROWS, OPTIONS)
+
+
+def test_combinations_include_the_models_own_shape():
+    assert (PLAIN, Shape(None, 1), Shape(56, 0), Shape(56, 1), Shape(48, 0), Shape(48, 1)) == SHAPES
+    assert shape_fields([], []) == {"hidden_size": None, "drop_layers": 0}
+    assert shape_fields([48], [1]) == {"hidden_size": 48, "drop_layers": 1}
+    assert shape_fields([], [1, 2]) == {"shapes": (PLAIN, Shape(None, 1), Shape(None, 2))}
+
+
+def test_the_loss_of_the_stream_is_that_of_the_error_of_its_prediction(study):
+    moments = study.moments
+    narrowing = basis.choose(moments, 40, "fisher")
+    kept = narrowing.rotation[:, :40]
+    expected = 0.0
+    for state, gradient in zip(moments.states, moments.gradients, strict=True):
+        state = state.double()
+        predictor = state @ kept @ torch.linalg.inv(kept.T @ state @ kept) @ kept.T  # of x from K^T x
+        left = torch.eye(64, dtype=torch.float64) - predictor
+        expected += float((gradient.double() * (left @ state @ left.T)).sum()) / 2
+    assert stream_loss(moments, narrowing) == pytest.approx(expected, rel=0.02)
+    assert stream_loss(moments, Narrowing(torch.arange(64))) == pytest.approx(0, abs=1e-3 * expected)
+    losses = [stream_loss(moments, basis.choose(moments, size, "fisher")) for size in (60, 48, 32, 16)]
+    assert losses == sorted(losses)
+    assert stream_loss(moments, basis.choose(moments, 40, "coordinates")) > expected
+
+
+def test_a_price_is_the_sum_of_stream_layers_and_units(model, study):
+    prices = dict(study.priced())
+    assert prices.keys() == {*SHAPES}
+    plain = with_shape(OPTIONS, PLAIN)
+    layers = CopiedLayers(model)
+    sizes = plan_layers(layers, ROWS, plain).sizes()
+    units = sum(error_at(study.errors, block, sizes[block.name]) for block in layers.anatomy.blocks)
+    assert prices[PLAIN] == pytest.approx(units)
+    nothing = replace(study, options=replace(OPTIONS, ratio=0.0))
+    assert dict(nothing.priced())[PLAIN] == 0.0
+    narrow = dict(nothing.priced())[Shape(48, 0)]
+    assert narrow == pytest.approx(stream_loss(study.moments, basis.choose(study.moments, 48, "fisher")))
+    (drop,) = study.dropped
+    everything = replace(study, options=replace(OPTIONS, ratio=0.34))
+    assert dict(everything.priced())[Shape(None, 1)] == pytest.approx(drop.divergence, rel=0.5)
+
+
+def test_the_candidate_with_the_least_measured_divergence_is_chosen(model):
+    options, choice = choose_shape(model, ROWS, OPTIONS)
+    measured = {(one.hidden_size, one.drop_layers): one.measured for one in choice.tried if one.measured is not None}
+    assert len(choice.tried) == len(SHAPES)
+    assert len(measured) in (3, 4)
+    assert (64, 0) in measured
+    chosen = choice.tried[0]
+    assert chosen.measured == min(measured.values())
+    assert (options.hidden_size or 64, options.drop_layers, options.shapes) == (*next(iter(measured)), ())
+    others = [one.predicted for one in choice.tried[1:]]
+    assert others == sorted(others)
+    assert choice.rows_apart == 4
+    # It is the divergence of what pruning makes of the other rows.
+    apart = torch.arange(len(ROWS)) % 4 == 0
+    made = prune(model, ROWS[~apart], with_shape(OPTIONS, PLAIN)).model
+    found = divergence(CopiedLayers(made), CopiedLayers(model), ROWS[apart])
+    assert found == pytest.approx(measured[64, 0], rel=1e-3)
+
+
+def test_candidates_share_a_budget_of_bytes(model):
+    anatomy = read_anatomy(model.config)
+    stored = 4 * sum(parameter.numel() for parameter in model.parameters())
+    budget = ByteBudget(int(0.8 * stored), 4 * anatomy.fixed_parameters, 4)
+    options, choice = choose_shape(model, ROWS, replace(OPTIONS, ratio=0.0, budget=budget))
+    assert len(choice.tried) > 1
+    for shape in (Shape(56, 0), Shape(48, 1)):
+        made = prune(model, ROWS, with_shape(replace(options, drop_layers=0), shape)).model
+        assert 4 * sum(parameter.numel() for parameter in made.parameters()) <= budget.limit
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"shapes": shapes_of([42], [])}, "the hidden size would be 42"),
+        ({"shapes": shapes_of([], [3])}, "drop_layers is 3; the model has 3 layers"),
+        ({"shapes": shapes_of([], [2])}, "drop_layers is 2: these layers have 0.6667"),
+        ({"allocation": "global"}, "candidates are compared by price; allocation is 'global'"),
+        ({"compensation": "none"}, "candidates are priced with refitted weights"),
+        ({"drop_blocks": 1}, "leave one of them out"),
+        ({"refine": "search"}, "candidates are chosen before sizes are refined"),
+    ],
+)
+def test_candidates_that_make_no_sense_are_refused(model, changes, says):
+    with pytest.raises(InputError, match=says):
+        check_options(read_anatomy(model.config), replace(OPTIONS, **changes))
+
+
+def test_candidates_need_rows_and_are_chosen_before_pruning(model):
+    with pytest.raises(InputError, match="4 rows are too few, use at least 8"):
+        choose_shape(model, ROWS[:4], OPTIONS)
+    with pytest.raises(ValueError, match="choose_shape takes one of them"):
+        prune(model, ROWS, OPTIONS)
+    with pytest.raises(InputError, match="masks learn units, not layers"):
+        check_learning(read_anatomy(model.config), replace(OPTIONS, criterion="vib"))
