@@ -103,7 +103,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
 
 
 def _asked(plan: Plan) -> str:
-    limits = [f"{plan.time_budget} in {plan.time_budget.runtime}"] if plan.time_budget else []
+    limits = [plan.time_budget.described] if plan.time_budget else []
     limits += [f"{plan.budget.limit:,} bytes of weights"] if plan.budget else []
     limits += [str(plan.kv_budget)] if plan.kv_budget else []
     return f"to meet a budget of {' and '.join(limits)}" if limits else f"{plan.ratio:.1%} asked for"

@@ -27,7 +27,7 @@ def write_random(out: Path, config: PreTrainedConfig, source: Path, dtype: torch
     Raises:
         InputError: `out` exists, or the tokenizer has tokens that the model lacks.
     """
-    checkpoint.check_vocabulary(out, checkpoint.load_tokenizer(source), config)
+    checkpoint.check_vocabulary(out, checkpoint.text_tokenizer(source), config)
     model, table = skeleton(config), tensor_table(config)
     shapes = {name: shape for name, shape in table.shapes.items() if name not in table.tied}
     generator = torch.Generator().manual_seed(seed)

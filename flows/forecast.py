@@ -14,6 +14,7 @@ from numprune.export import checkpoint, precision
 from numprune.export.tasks import load_task
 from numprune.flows import runs, stages
 from numprune.flows.chain import judge
+from numprune.flows.names import ROOFLINE
 from numprune.flows.recipe import Recipe
 from numprune.flows.run import Run
 from numprune.flows.stages import Stage, StageResult
@@ -69,6 +70,9 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "ratio_counts": counts,
         "budget_bytes": options.budget.limit if options.budget else None,
         "budget_time": recipe.prune.allowed.time,
+        "timed": f"estimated for {recipe.timings.peaks().name}, not measured"
+        if recipe.timings.runtime == ROOFLINE
+        else "measured",
         "budget_kv_bytes": recipe.prune.allowed.kv,
         "drop_layers": options.drop_layers,
         "shapes": len(options.shapes),
@@ -283,7 +287,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     how = "each block kept or quantized to" if found["bits_are_chosen"] else "then quantized to"
     then = f", {how} {found['quantization']}" if found["quantization"] else ""
     if found["budget_time"] is not None:
-        yield f"budget {found['budget_time']}, among sizes that are measured"
+        yield f"budget {found['budget_time']}, among sizes that are {found['timed']}"
     limits = [f"budget {found['budget_bytes']:,} bytes"] if found["budget_bytes"] else []
     limits += [f"budget {found['budget_kv_bytes']:,} bytes of KV cache per token"] if found["budget_kv_bytes"] else []
     if not limits and found["budget_time"] is None:

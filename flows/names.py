@@ -60,6 +60,7 @@ SEQUENCE_LENGTH = 512
 # The folder with the state of a training, before its digest, and the lock file in it.
 TRAINING, TRAINING_LOCK = ".training-", "lock"
 TIMINGS = ".timings-"  # the same for a measurement of latencies
+ROOFLINE: Literal["roofline"] = "roofline"  # the times of blocks are estimated
 TimedRuntime = Literal["torch", "onnxruntime"]  # in which single blocks are timed
 Scheduler = Literal["threads", "dask", "ray"]  # of a sweep's candidates
 Objective = Literal["fastest", "smallest", "best-quality"]  # by which a sweep chooses

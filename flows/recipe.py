@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from numprune.errors import InputError
-from numprune.flows.names import EMBEDDED, LEARNING_RATE, TrainedWeights
+from numprune.flows.names import EMBEDDED, LEARNING_RATE, ROOFLINE, TrainedWeights
 from numprune.flows.sections import (
     NO_FILE,
     Benchmark,
@@ -132,6 +132,12 @@ class Recipe(Section):
             raise ValueError(
                 f"learn.constraint = {self.learn.constraint!r}: prune.budget limits milliseconds; leave one of them out"
             )
+        for gate in self.gates if self.timings.runtime == ROOFLINE else ():
+            if gate.metric.startswith(("speed.", "pruning.latency.")):
+                raise ValueError(
+                    f"gates: {gate.metric} can never pass, because timings.runtime = {ROOFLINE!r} only estimates "
+                    "latencies; leave the gate out, or measure on the target"
+                )
         if "hidden-size" in self.prune.axes:
             raise ValueError("prune.axes: a time is met by units alone; leave out hidden-size, or use a ratio")
         return self

@@ -1,7 +1,7 @@
 """The sections of a recipe, with the values that each key can have."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
@@ -16,6 +16,7 @@ from numprune.flows.names import (
     EMBEDDED,
     LEARNING_RATE,
     LEARNING_TOKENS,
+    ROOFLINE,
     SEQUENCE_LENGTH,
     TASKS_OWN,
     Allocation,
@@ -40,6 +41,7 @@ from numprune.flows.names import (
     TrainedWeights,
 )
 from numprune.refinement import MINUTES
+from numprune.roofline import Peaks, peaks_of
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
 from numprune.shape import shape_fields, shapes_of
@@ -257,13 +259,29 @@ class Prune(Section):
 class BlockTimings(Section):
     """How the latencies of blocks are measured for a budget of time: see numprune.timings.
 
-    `sizes` of each kind of block, in `runtime`, each model in `visits` visits.
+    `sizes` of each kind of block, in `runtime`, each model in `visits` visits. With the runtime "roofline", they are
+    estimated for `device`, or for one of `peak_tflops` and `bandwidth_gb_s`: see numprune.roofline.
     """
 
-    runtime: TimedRuntime = "torch"
+    runtime: TimedRuntime | Literal["roofline"] = "torch"
+    device: str = ""
+    peak_tflops: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    bandwidth_gb_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     sizes: Annotated[int, Field(ge=2, le=12)] = 8
     visits: Annotated[int, Field(ge=3, lt=2**31)] = 5
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _estimated_for_a_device(self) -> Self:
+        if self.runtime == ROOFLINE:
+            self.peaks()
+        elif given := [name for name in ("device", "peak_tflops", "bandwidth_gb_s") if getattr(self, name)]:
+            raise ValueError(f'{given[0]}: it has an effect only with runtime = "roofline"; leave it out')
+        return self
+
+    def peaks(self) -> Peaks:
+        """Return the rates of the device that times are estimated for. Raises InputError."""
+        return peaks_of(self.device, self.peak_tflops, self.bandwidth_gb_s)
 
 
 class Learn(Section):

@@ -193,11 +193,15 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
         output_parameters=output,
         bytes_per_value=dtypes.bytes_of(config.dtype),
         sliding_window=getattr(config, "sliding_window", None) or None,
-        attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
+        attention_differs=_attention_differs(config),
         residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
         numbering_field=numbering_field(family, config),
         mergings=_mergings(family, config),
     )
+
+
+def _attention_differs(config: Any) -> bool:
+    return len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
 def read_blocks(config: "PreTrainedConfig") -> tuple[Block, ...]:
@@ -271,7 +275,8 @@ def _layer_blocks(family: Family, config: "PreTrainedConfig", layer: _Layer) -> 
         size = GONE if kind in skipped else size
         return _block(family, wiring, config, layer, kind, field, size, extents, beside)
 
-    yield block("attention", family.attention, family.kv_heads or family.heads, Size(kv_heads, heads // kv_heads))
+    attention = block("attention", family.attention, family.kv_heads or family.heads, Size(kv_heads, heads // kv_heads))
+    yield replace(attention, sliding=_attention_differs(config) and config.layer_types[number] == "sliding_attention")
     if family.experts is None or not family.experts.are_in(number, config):
         mlp = family.mlp_of(config)
         assert mlp is not None

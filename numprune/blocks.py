@@ -58,6 +58,7 @@ class Block:
         routing: of experts; None for other blocks.
         sizes: attribute of the layer's modules -> what it counts, for sizes that tensors do not determine.
         stage: that its layer is in, of a model in stages.
+        sliding: attention with a sliding window, in a model where other layers have none.
     """
 
     layer: int
@@ -81,10 +82,16 @@ class Block:
     routing: Routing | None
     sizes: Mapping[str, Counted]
     stage: Stage | None
+    sliding: bool = False
 
     @property
     def name(self) -> str:
         return f"layers.{self.layer}.{self.kind}"
+
+    @property
+    def timed_as(self) -> str:
+        """What a block has to share with another of equal size to take the same time."""
+        return f"sliding-{self.kind}" if self.sliding else self.kind
 
     @property
     def slices(self) -> tuple[Slice, ...]:

@@ -332,7 +332,7 @@ class Plan(BaseModel):
     def limits(self) -> list[str]:
         """What the result must stay within: every budget, or the ratio."""
         found = [f"budget {self.budget.limit:,} bytes"] if self.budget else []
-        found += [f"budget {self.time_budget} in {self.time_budget.runtime}"] if self.time_budget else []
+        found += [f"budget {self.time_budget.described}"] if self.time_budget else []
         found += [f"budget {self.kv_budget}"] if self.kv_budget else []
         return found or [f"ratio {self.ratio:g}"]
 

@@ -1,16 +1,20 @@
-"""What a model does in a budget of time: prefill or decode, in batches of one size, at one length.
+"""What a model does in a budget of time: prefill, decode or a forward pass, in batches of one size, at one length.
 
 No tensor library is needed.
 """
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
+from numprune.blocks import Anatomy
 from numprune.errors import InputError
 
 RULE = "decode,b=BATCH,ctx=TOKENS or prefill,b=BATCH,len=TOKENS"
-_SCENARIO = re.compile(r"(decode,b=(\d{1,6}),ctx|prefill,b=(\d{1,6}),len)=(\d{1,9})")
+RULE_OF_TEXTS, RULE_OF_IMAGES = "forward,b=BATCH,len=TOKENS", "forward,b=BATCH"
+_RULES = f"{RULE}; for encoders {RULE_OF_TEXTS}, or {RULE_OF_IMAGES} for images"
+_SCENARIO = re.compile(r"(decode|prefill|forward),b=(\d{1,6})(?:,(ctx|len)=(\d{1,9}))?")
+_LENGTH: dict[str, tuple[str | None, ...]] = {"decode": ("ctx",), "prefill": ("len",), "forward": ("len", None)}
 _TIME = re.compile(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})\s*(us|ms|s|tok/s)@(.*)")
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
@@ -20,30 +24,50 @@ class Scenario:
     """One step of a whole batch.
 
     Attributes:
-        phase: "decode": one more token for each row; "prefill": a prompt until its first token.
+        phase: "decode": one more token for each row; "prefill": a prompt until its first token; "forward": a forward
+            pass of an encoder.
         batch: rows.
-        tokens: in the KV cache of each row before the step, or in each prompt.
+        tokens: in the KV cache of each row before the step, or in each prompt or text; None for images.
     """
 
-    phase: Literal["decode", "prefill"]
+    phase: Literal["decode", "prefill", "forward"]
     batch: int
-    tokens: int
+    tokens: int | None
 
     def __str__(self) -> str:
-        return f"{self.phase},b={self.batch},{'ctx' if self.phase == 'decode' else 'len'}={self.tokens}"
+        length = "" if self.tokens is None else f",{'ctx' if self.phase == 'decode' else 'len'}={self.tokens}"
+        return f"{self.phase},b={self.batch}{length}"
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens generated or read in one step."""
+        """Tokens generated or read in one step. Raises InputError for images."""
+        if self.tokens is None:
+            raise InputError(f"budget in tok/s@{self}: images have no tokens; give a time")
         return self.batch if self.phase == "decode" else self.batch * self.tokens
 
 
 def parse_scenario(text: str) -> Scenario:
     """Return the scenario written as `str` of one. Raises InputError."""
     found = _SCENARIO.fullmatch(text.replace(" ", ""))
-    if found is None or not int(found[2] or found[3]) or not int(found[4]):
-        raise InputError(f"scenario is {text[:80]!r}; it must be {RULE}, with numbers of at least 1")
-    return Scenario("decode" if found[2] else "prefill", int(found[2] or found[3]), int(found[4]))
+    if found is None or found[3] not in _LENGTH[found[1]] or not int(found[2]) or not int(found[4] or 1):
+        raise InputError(f"scenario is {text[:80]!r}; it must be {_RULES}, with numbers of at least 1")
+    return Scenario(cast(Any, found[1]), int(found[2]), int(found[4]) if found[4] else None)
+
+
+def check_scenario(scenario: Scenario, anatomy: Anatomy, positions: int) -> None:
+    """Refuse a scenario that a model does not run. Raises InputError.
+
+    Args:
+        positions: that it needs, as `Load.positions`.
+    """
+    generates, images = anatomy.task == "causal-lm", anatomy.image is not None
+    if generates == (scenario.phase == "forward") or images == (scenario.tokens is not None):
+        rule = RULE if generates else RULE_OF_IMAGES if images else RULE_OF_TEXTS
+        raise InputError(f"scenario {scenario}: for the task {anatomy.task} it must be {rule}")
+    if positions > anatomy.context:
+        raise InputError(
+            f"scenario {scenario} needs {positions} positions, and the model has {anatomy.context}; choose fewer tokens"
+        )
 
 
 def is_time(text: str) -> bool:
@@ -61,7 +85,7 @@ def parse_time(text: str) -> tuple[float, Scenario]:
     """
     found = _TIME.fullmatch(text.strip())
     if found is None or not float(found[1]):
-        raise InputError(f"budget is {text[:80]!r}; it must be a time or throughput over 0 like 20ms@{RULE}")
+        raise InputError(f"budget is {text[:80]!r}; it must be a time or throughput over 0 like 20ms@{_RULES}")
     scenario = parse_scenario(found[3])
     amount = float(found[1])
     return 1e3 * scenario.tokens_per_step / amount if found[2] == "tok/s" else amount * _MS[found[2]], scenario

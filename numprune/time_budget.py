@@ -27,8 +27,8 @@ class TimeBudget:
 
     Attributes:
         limit_ms: of the whole model.
-        times: of the blocks and around them, measured in the budget's scenario.
-        runtime: in which they were measured.
+        times: of the blocks and around them, measured or estimated in the budget's scenario.
+        runtime: in which they were measured; "roofline" for an estimate.
         correction: factor of all times, from measuring a whole model.
     """
 
@@ -38,7 +38,14 @@ class TimeBudget:
     correction: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
     def __str__(self) -> str:
-        return f"{self.limit_ms:.4g} ms@{self.times.scenario}"
+        device = self.times.estimated_for
+        said = f" (estimated for {device})" if device else ""
+        return f"{self.limit_ms:.4g} ms@{self.times.scenario}{said}"
+
+    @property
+    def described(self) -> str:
+        """The budget with the runtime in which it was measured, if it was."""
+        return f"{self}" if self.times.estimated_for else f"{self} in {self.runtime}"
 
     @cached_property
     def _by_size(self) -> dict[tuple[str, Size], BlockTime]:
@@ -46,11 +53,11 @@ class TimeBudget:
 
     def cost(self, block: Block, size: Size) -> int:
         """Return the nanoseconds of a block at this size, rounded up; it must have been measured."""
-        return self._nanoseconds(self._by_size[block.kind, size]) if size.units else 0
+        return self._nanoseconds(self._by_size[block.timed_as, size]) if size.units else 0
 
     def sizes(self, block: Block) -> list[Size]:
         """Return the measured sizes of blocks of this kind."""
-        return [time.size for time in self.times.blocks.get(block.kind, [])]
+        return [time.size for time in self.times.blocks.get(block.timed_as, [])]
 
     @property
     def limit(self) -> int:
@@ -70,8 +77,11 @@ class TimeBudget:
         return replace(self, correction=self.correction * factor)
 
     def measured(self, block: Block, size: Size) -> bool:
-        """Return whether the table has the time of a block at this size. A removed block takes none."""
-        return not size.units or (block.kind, size) in self._by_size
+        """Return whether the table has the time of a block at this size.
+
+        A removed block takes none, unless blocks were timed within layers: then the others hold a share of its time.
+        """
+        return (block.timed_as, size) in self._by_size if size.units else not self.times.within_layers
 
     def predicted(self, anatomy: Anatomy) -> Time:
         """Return the predicted latency of a model.
@@ -81,7 +91,7 @@ class TimeBudget:
         Raises:
             InputError: a block has a size that was not measured.
         """
-        counts = Counter((block.kind, block.size) for block in anatomy.blocks if block.units)
+        counts = Counter((block.timed_as, block.size) for block in anatomy.blocks if block.units)
         self.check_measured(anatomy)
         parts = [(1, self.times.around), *((count, self._by_size[size]) for size, count in counts.items())]
         ms = math.fsum(count * time.ms for count, time in parts)
@@ -103,7 +113,7 @@ class TimeBudget:
         """Return a block's size and the measured ones, in words."""
         known = [_told(size) for size in self.sizes(block)]
         shown = ", ".join(known[:_SHOWN]) + (" …" if len(known) > _SHOWN else "")
-        return f"{block.name} has {_told(block.size)}, and the table has {block.kind} of {shown or 'no size'} units"
+        return f"{block.name} has {_told(block.size)}, and the table has {block.timed_as} of {shown or 'no size'} units"
 
 
 def measured_sizes(anatomy: Anatomy, allowed: Sizes, budget: TimeBudget) -> Sizes:

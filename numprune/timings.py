@@ -1,21 +1,21 @@
 """Measured latencies of a model's blocks: the table that `numprune timings` writes.
 
 The time of a block of one size is the difference between models with one and with R copies of it, divided by R - 1
-(as in NVIDIA's ModelOpt, puzzletron). What remains of the model with one copy is the time around the blocks:
-embeddings, head, and the fixed cost of a step. Only measured sizes have a time; nothing is interpolated, because
-latencies have steps and need not be monotone.
+(as in NVIDIA's ModelOpt, puzzletron; see timed_models.py). What remains of the model with one copy is the time around
+the blocks: embeddings, head, and the fixed cost of a step. Only measured sizes have a time; nothing is interpolated,
+because latencies have steps and need not be monotone.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from numprune.axes import DEFAULT_AXES, Limits
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
-from numprune.families import Kind
+from numprune.families.family import TaskName
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
 
@@ -49,33 +49,42 @@ class BlockTime(Time):
 
 
 class ScenarioTimes(_Part):
-    """The times of one scenario, in its notation: around the blocks, and of a block by kind and size."""
+    """The times of one scenario, in its notation: around the blocks, and of a block by what it is timed as, and size.
+
+    `within_layers`: whole layers were timed, so that a removed block has no time of its own. `estimated_for`: the
+    device that the times are estimated for by its data sheet; None: they were measured.
+    """
 
     scenario: str
     around: Time
     blocks: dict[str, list[BlockTime]]
+    within_layers: bool = False
+    estimated_for: str | None = None
 
 
 class Shape(_Part):
     """What blocks of equal size have to share to take the same time."""
 
     family: str
+    task: TaskName
     hidden_size: int
     head_dim: int
     vocabulary: int
     sliding_window: int | None
+    image: tuple[int, int, int] | None
 
 
 class Key(_Part):
     """What the times are valid for.
 
     Attributes:
+        runtime: "roofline": the times are estimates.
         device: name of the CPU or GPU.
         quantization: scheme of the weights; "none".
         shape: of the model's layers.
     """
 
-    runtime: Annotated[str, Field(pattern=r"^(torch|onnxruntime)$")]
+    runtime: Annotated[str, Field(pattern=r"^(torch|onnxruntime|roofline)$")]
     versions: dict[str, str]
     device: str
     threads: int
@@ -86,20 +95,34 @@ class Key(_Part):
 
 
 class TimingTable(_Part):
-    """The measured times of a model's blocks.
+    """The times of a model's blocks.
 
     Attributes:
-        copies: kind of block -> R.
-        visits: measurements of each model, in random order.
+        estimate: they were not measured.
+        copies: what blocks are timed as -> R; empty for an estimate, like `drift`.
+        visits: measurements of each model, in random order; 0 for an estimate.
         drift: scenario -> time of the largest model at the end of the run, relative to the start.
+        routing: of tokens to experts. "uniform": routers were random; a trained one that prefers some experts can be
+            slower or faster. None: the model has no experts.
     """
 
     version: Literal["numprune/timings/1"] = "numprune/timings/1"
     key: Key
+    estimate: bool = False
     copies: dict[str, Annotated[int, Field(ge=2)]]
-    visits: Count
+    visits: Annotated[int, Field(ge=0)]
     drift: dict[str, float]
+    routing: Literal["uniform"] | None = None
     scenarios: Annotated[list[ScenarioTimes], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _says_that_it_is_an_estimate(self) -> Self:
+        device = self.key.device if self.estimate else None
+        if self.estimate != (self.key.runtime == "roofline") or self.estimate == bool(self.visits):
+            raise ValueError("estimate, key.runtime and visits contradict each other")
+        if any(times.estimated_for != device for times in self.scenarios):
+            raise ValueError("estimate and scenarios.estimated_for contradict each other")
+        return self
 
     def times(self, scenario: str) -> ScenarioTimes:
         """Return the times of a scenario. Raises InputError with the measured ones."""
@@ -133,10 +156,12 @@ def read_timings(path: Path) -> TimingTable:
 def shape_of(anatomy: Anatomy) -> Shape:
     return Shape(
         family=anatomy.family,
+        task=anatomy.task,
         hidden_size=anatomy.hidden_size,
         head_dim=anatomy.head_dim,
         vocabulary=anatomy.vocabulary,
         sliding_window=anatomy.sliding_window,
+        image=anatomy.image,
     )
 
 
@@ -162,40 +187,25 @@ def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_measurable(anatomy: Anatomy) -> None:
-    """Refuse a model whose blocks cannot be timed by copies. Raises InputError."""
-    if anatomy.task != "causal-lm":
-        raise InputError(f"timings: prefill and decode are those of language models; this is a {anatomy.task} model")
-    if anatomy.of_kind("experts"):
-        raise InputError("timings: the time of experts depends on how tokens are routed; not supported")
-    if anatomy.attention_differs:
-        raise InputError("timings: layers with and without sliding windows take different times; not supported")
-    if any(block.post_norms for block in anatomy.blocks):
-        raise InputError(f"timings: in {anatomy.family} a norm follows each block, so no block can be timed alone")
-    if anatomy.numbering_field:
-        raise InputError(f"timings: with {anatomy.numbering_field} each layer uses its index; not supported")
-    for kind in anatomy.kinds:
-        if len([block for block in anatomy.of_kind(kind) if block.units]) < 2:
-            raise InputError(f"timings: the model must have at least two blocks of kind {kind}, to time copies of one")
-
-
-def sizes_to_time(anatomy: Anatomy, target: Target, count: int) -> dict[Kind, list[Size]]:
-    """Return the sizes to measure of each kind, ascending: the model's own, and others evenly spaced by parameters.
+def sizes_to_time(anatomy: Anatomy, target: Target, count: int) -> dict[str, list[Size]]:
+    """Return the sizes to measure by what blocks are timed as: the model's own, and others evenly spaced by parameters.
 
     Args:
         target: of the pruned model.
         count: number of sizes of a kind, unless the model has more of its own.
 
     Raises:
-        InputError: as `allowed_sizes`.
+        InputError: as `allowed_sizes`, or layers differ in width and tokens.
     """
+    if any(block.stage is not None for block in anatomy.blocks):
+        raise InputError(f"timings: layers of {anatomy.family} differ in width and in tokens; not supported")
     allowed = allowed_sizes(anatomy, target, Limits(axes=(*DEFAULT_AXES, "query-heads")))
-    found: dict[Kind, list[Size]] = {}
-    for kind in anatomy.kinds:
-        blocks = [block for block in anatomy.of_kind(kind) if block.units]
+    found: dict[str, list[Size]] = {}
+    for kind in dict.fromkeys(block.timed_as for block in anatomy.blocks if block.units):
+        blocks = [block for block in anatomy.blocks if block.timed_as == kind and block.units]
         largest = max(blocks, key=lambda block: block.parameters(block.size))
         own = {block.size for block in blocks}
-        possible = {size for block in blocks for size in allowed[block.name]} - own
+        possible = {size for block in blocks for size in allowed[block.name] if size.units} - own
         ordered = sorted(possible, key=lambda size: (largest.parameters(size), size))
         found[kind] = sorted(own | {*_spread(ordered, count - len(own), largest)}, key=lambda size: (*size,))
     return found

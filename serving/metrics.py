@@ -43,6 +43,7 @@ def check_task(metrics: Iterable[str], task: Task) -> None:
 
 def resolve(data: Mapping[str, Any], metric: str) -> Any:
     """The value at a dotted path: a ReportedEstimate, or plain JSON. Raises UnfitError if it is unusable."""
+    _require_no_estimate(data, metric)
     node: Any = data
     path: list[str] = []
     for part in path_of(metric).split("."):
@@ -60,6 +61,17 @@ def resolve(data: Mapping[str, Any], metric: str) -> Any:
         return (LossDelta if "unit" in node else ReportedEstimate).model_validate(node)
     except ValidationError as error:
         raise UnfitError(f"{metric} is not an estimate: {problems(error)}") from None
+
+
+def _require_no_estimate(data: Mapping[str, Any], metric: str) -> None:
+    """Reject speeds of a model whose sizes follow from an estimate for another device than the benchmark's."""
+    latency = (data.get("pruning") or {}).get("latency") or {}
+    device = latency.get("estimated_for")
+    if device is not None and metric.startswith(("speed.", "pruning.latency.")):
+        raise UnfitError(
+            f"the sizes were chosen by latencies estimated for {device}, not measured: no gate on a speed can pass; "
+            "measure the table of latencies on the target"
+        )
 
 
 def _require_measured(node: Mapping[str, Any], path: str) -> None:

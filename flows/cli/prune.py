@@ -313,6 +313,11 @@ def prune(args: argparse.Namespace) -> Answer:
 
 
 def _latency_lines(found: "LatencyBudget") -> list[str]:
+    if found.measured is None or found.dense_measured is None:
+        return [
+            f"{found.scenario}, at most {found.limit_ms:.4g} ms: dense {found.dense_predicted.ms:.4g} ms, pruned "
+            f"{found.predicted.ms:.4g} ms, estimated for {found.estimated_for}, not measured"
+        ]
     lines = [f"{found.scenario} in {found.runtime}, at most {found.limit_ms:.4g} ms:"]
     for name, predicted, measured in (
         ("dense", found.dense_predicted, found.dense_measured),
@@ -450,7 +455,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
     ]
     if limit := plan.time_budget:
         ms = [limit.predicted(anatomy).ms for anatomy in (before, after)]
-        lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit} in {limit.runtime})")
+        lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit.described})")
     if plan.hidden:
         basis, kept = plan.hidden.basis, after.hidden_size
         lines.append(f"  {'hidden size':<36} {before.hidden_size:,} -> {kept:,} (basis {basis})")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, get_args
 
 from numprune.errors import InputError
 from numprune.flows import names
-from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_choice, add_seed, at_least, check_out, command
+from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_seed, at_least, check_out, command
+from numprune.roofline import DEVICES, peaks_of
 
 if TYPE_CHECKING:
     from numprune.timings import ScenarioTimes, TimingTable
@@ -24,7 +25,27 @@ def add(commands: Subcommands) -> None:
         "numprune timings ./my-model --runtime onnxruntime --scenario decode,b=1,ctx=512 --out timings.json",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    add_choice(parser, "--runtime", get_args(names.TimedRuntime), None, "runtime to measure in")
+    where = parser.add_mutually_exclusive_group(required=True)
+    runtimes = get_args(names.TimedRuntime)
+    where.add_argument(
+        "--runtime", choices=runtimes, metavar="RUNTIME", help=f"runtime to measure in; one of {', '.join(runtimes)}"
+    )
+    where.add_argument(
+        "--roofline",
+        choices=[*DEVICES],
+        metavar="DEVICE",
+        help="estimate instead, from the data sheet of a device that is not at hand; no gate on a speed can pass then; "
+        f"one of {', '.join(DEVICES)}",
+    )
+    where.add_argument(
+        "--peak-tflops",
+        type=_rate,
+        metavar="N",
+        help="estimate for another device: its peak in 10^12 dense FLOP/s, in the model's precision; needs --bandwidth",
+    )
+    parser.add_argument(
+        "--bandwidth", type=_rate, metavar="N", help="memory bandwidth of the device of --peak-tflops, in GB/s"
+    )
     parser.add_argument(
         "--scenario",
         nargs="+",
@@ -32,7 +53,8 @@ def add(commands: Subcommands) -> None:
         required=True,
         metavar="SCENARIO",
         help="what to time: decode,b=BATCH,ctx=TOKENS (one step of the batch with so many tokens in the KV cache) or "
-        "prefill,b=BATCH,len=TOKENS; may be repeated",
+        "prefill,b=BATCH,len=TOKENS; of encoders forward,b=BATCH,len=TOKENS, or forward,b=BATCH for images; may be "
+        "repeated",
     )
     parser.add_argument("--out", required=True, metavar="TABLE", type=Path, help="the file to write; must not exist")
     parser.add_argument(
@@ -66,8 +88,19 @@ def _sizes(text: str) -> int:
 _sizes.__name__ = "int"  # argparse's "invalid int value"
 
 
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must be more than 0, and finite")
+    return value
+
+
+_rate.__name__ = "float"
+
+
 def timings(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint
+    from numprune.flows.steps.estimates import estimate
     from numprune.flows.steps.timings import Request, measure
     from numprune.scenario import parse_scenario
     from numprune.serving.report import replace
@@ -79,19 +112,32 @@ def timings(args: argparse.Namespace) -> Answer:
     if len(set(scenarios)) < len(scenarios):
         raise InputError("--scenario: the same scenario is given twice; omit one")
     base = checkpoint.resolve(args.model)
-    asked = Request(args.runtime, scenarios, Target(align=args.align), args.sizes, args.visits, args.seed)
-    table = measure(base, asked, args.out.absolute().parent)
+    target = Target(align=args.align)
+    if args.runtime is None:
+        peaks = peaks_of(args.roofline or "", args.peak_tflops or 0.0, args.bandwidth or 0.0)
+        table = estimate(base, scenarios, target, args.sizes, peaks)
+    elif args.bandwidth is not None:
+        raise InputError("--bandwidth has an effect only with --peak-tflops; leave it out")
+    else:
+        asked = Request(args.runtime, scenarios, target, args.sizes, args.visits, args.seed)
+        table = measure(base, asked, args.out.absolute().parent)
     replace(args.out, table.to_json())
     seconds = time.perf_counter() - started
+    done = "estimated" if table.estimate else "measured"
     data = {"out": str(args.out), **table.model_dump(mode="json"), "seconds": seconds}
-    return Answer(data, "\n".join([*_lines(table), f"{args.out}: measured in {seconds:.0f} s"]))
+    return Answer(data, "\n".join([*_lines(table), f"{args.out}: {done} in {seconds:.0f} s"]))
 
 
 def _lines(table: "TimingTable") -> list[str]:
     key = table.key
     lines = [f"{key.runtime}, {key.dtype}, {key.device}, {key.threads} threads"]
+    if table.estimate:
+        lines = [f"estimated for {key.device} in {key.dtype}, not measured"]
+    if table.routing:
+        lines.append("experts with random routers: one that prefers some experts can be slower or faster")
     for times in table.scenarios:
-        lines += [f"{times.scenario}: drift {table.drift[times.scenario] - 1:+.1%}", *_times(times)]
+        drift = "" if table.estimate else f": drift {table.drift[times.scenario] - 1:+.1%}"
+        lines += [f"{times.scenario}{drift}", *_times(times)]
     return lines
 
 
@@ -100,6 +146,7 @@ def _times(times: "ScenarioTimes") -> list[str]:
     for kind, measured in times.blocks.items():
         rows += [(f"{kind} {one.units}" + (f"x{one.members}" if one.members > 1 else ""), one) for one in measured]
     return [
-        f"  {name:<24} {one.ms:>10.4g} ms  (95 % interval {one.interval95[0]:.4g} to {one.interval95[1]:.4g})"
+        f"  {name:<24} {one.ms:>10.4g} ms"
+        + (" estimated" if times.estimated_for else "  (95 % interval {:.4g} to {:.4g})".format(*one.interval95))
         for name, one in rows
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.flows.names import LEARNED, LEARNED_PLAN, TaskRuntime, TorchMode
+from numprune.flows.names import LEARNED, LEARNED_PLAN, ROOFLINE, TaskRuntime, TorchMode
 from numprune.flows.sections import BlockTimings, FewShot, Learn, Limit, Prune, Quantize, Recover
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
@@ -207,15 +207,20 @@ def make_timings(
     target: Target,
     machine: dict[str, str],
 ) -> TimingTable:
-    """Measure the latencies of the model's blocks. A killed measurement goes on where it stopped.
+    """Measure or estimate the latencies of the model's blocks. A killed measurement goes on where it stopped.
 
     `machine` is part of the key.
     """
     from numprune.flows.stages import kept_beside
+    from numprune.flows.steps.estimates import estimate
     from numprune.flows.steps.timings import measure, timing_request
+    from numprune.scenario import parse_scenario
 
     assert isinstance(model.source, str)
-    return measure(Path(model.source), timing_request(asked, scenario, target), kept_beside(out))
+    base = Path(model.source)
+    if asked.runtime == ROOFLINE:
+        return estimate(base, [parse_scenario(scenario)], target, asked.sizes, asked.peaks())
+    return measure(base, timing_request(asked, scenario, target), kept_beside(out))
 
 
 def make_pruned_within_time(

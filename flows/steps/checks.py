@@ -26,7 +26,15 @@ from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_quantized, check_settings
-from numprune.flows.names import BUILT_IN, CAUSAL_LM, EMBEDDED, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
+from numprune.flows.names import (
+    BUILT_IN,
+    CAUSAL_LM,
+    EMBEDDED,
+    EXPORTS_OF_RUNTIME,
+    ROOFLINE,
+    RUNTIME_OF_EXPORT,
+    export_of,
+)
 from numprune.flows.recipe import EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Run
 from numprune.flows.sections import Benchmark, Data, Quantize
@@ -34,6 +42,7 @@ from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps import generators, harness
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.benchmark import exported_as
+from numprune.flows.steps.estimates import estimate, estimate_key
 from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.generate import encoded, read_prompts
 from numprune.flows.steps.harness import Tasks
@@ -113,8 +122,15 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
             "gpu": torch.cuda.get_device_name() if available else "",
             **({"vllm": str(environment.find())} if [*_served_in(recipe)] else {}),
         },
-        timings_key=key_of(base, recipe.timings.runtime).model_dump_json() if recipe.prune.allowed.time else "",
+        timings_key=_timings_key(recipe, base) if recipe.prune.allowed.time else "",
     )
+
+
+def _timings_key(recipe: Recipe, base: Path) -> str:
+    asked = recipe.timings
+    estimated = asked.runtime == ROOFLINE
+    key = estimate_key(base, asked.peaks().name) if estimated else key_of(base, asked.runtime)
+    return key.model_dump_json()
 
 
 def check(recipe: Recipe, workspace: Path) -> Tasks | None:
@@ -247,9 +263,12 @@ def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
 def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     """Raises InputError if the request cannot be met, or masks cannot learn it."""
     if recipe.prune.allowed.time is not None:
-        scenario = str(parse_time(recipe.prune.allowed.time)[1])
-        check_request(base, timing_request(recipe.timings, scenario, recipe.sizes()))
-        _check_timed_is_exported(recipe, base)
+        scenario = parse_time(recipe.prune.allowed.time)[1]
+        if recipe.timings.runtime == ROOFLINE:
+            estimate(base, [scenario], recipe.sizes(), recipe.timings.sizes, recipe.timings.peaks())
+        else:
+            check_request(base, timing_request(recipe.timings, str(scenario), recipe.sizes()))
+            _check_timed_is_exported(recipe, base)
     options = pruning_options(recipe, base)
     if recipe.learn.method == "none":
         check_options(anatomy, options)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +12,19 @@ from torch import Tensor
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import EnvironmentInvalid, InputError
-from numprune.export import checkpoint, precision, temporary
+from numprune.export import checkpoint, temporary
 from numprune.flows.sections import Prune
 from numprune.flows.steps.benchmark import exported_as
-from numprune.flows.steps.export import export, precision_of
+from numprune.flows.steps.estimates import estimate_key
+from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import options_of, prune_checkpoint
 from numprune.flows.steps.results import TimedCheckpoint
-from numprune.flows.steps.timings import key_of, timed_in
+from numprune.flows.steps.timings import key_of, runtime_of, timed_in
 from numprune.options import PruneOptions, check_options
 from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
 from numprune.scenario import parse_scenario, parse_time
 from numprune.serving.benchmark import run_benchmark
-from numprune.serving.benchmark.visits import QUIET, weighted_medians
+from numprune.serving.benchmark.visits import QUIET, Runtime, Timed, weighted_medians
 from numprune.serving.report import LatencyBudget, Milliseconds
 from numprune.target import Target
 from numprune.time_budget import TimeBudget
@@ -31,6 +33,7 @@ from numprune.timings import Time, TimingTable, check_key
 logger = logging.getLogger(__name__)
 
 _CORRECTIONS = 3
+_METRICS = {"decode": "itl", "prefill": "ttft", "forward": "latency"}  # of the benchmark, by what is timed
 
 
 def time_budget(base: Path, asked: str, table: TimingTable, target: Target, scheme: str = "none") -> TimeBudget:
@@ -46,7 +49,11 @@ def time_budget(base: Path, asked: str, table: TimingTable, target: Target, sche
         InputError: the table is of another machine, runtime or model, or lacks the scenario or a size of the model.
     """
     limit_ms, scenario = parse_time(asked)
-    check_key(table, key_of(base, table.key.runtime, scheme, target.tensor_parallel))
+    served = scheme, target.tensor_parallel
+    if table.estimate:
+        check_key(table, estimate_key(base, table.key.device, *served))
+    else:
+        check_key(table, key_of(base, table.key.runtime, *served))
     budget = TimeBudget(limit_ms, table.times(str(scenario)), table.key.runtime)
     budget.check_measured(read_anatomy(checkpoint.read_config(base)))
     return budget
@@ -74,7 +81,8 @@ def prune_within_time(
     """Write the pruned `base` to the new folder `out` once its measured latency is within the budget.
 
     A result that is slower, by more than its interval, corrects the table by measured / predicted; it is then pruned
-    again, at most three times. A plan is only measured, because nothing else would be as it says.
+    again, at most three times. A plan is only measured, because nothing else would be as it says. With an estimated
+    table nothing is measured: there is no target.
 
     `plan`, `origin`: as for `prune_checkpoint`.
 
@@ -92,7 +100,7 @@ def prune_within_time(
             )
             with tempfile.TemporaryDirectory(dir=scratch) as exports:
                 found = _latencies(base, folder, corrections, Path(exports))
-            if found.measured.interval95[0] <= limit_ms:
+            if found.measured is None or found.measured.interval95[0] <= limit_ms:
                 temporary.move(folder, out)
                 return TimedCheckpoint(**vars(made), latency=found)
             said = f"{found.measured.ms:.4g} ms were measured where {found.predicted.ms:.4g} ms were predicted"
@@ -103,6 +111,7 @@ def prune_within_time(
             budget = options.time_budget.corrected(found.measured.ms / found.predicted.ms)
             options = replace(options, time_budget=budget)
             _check_still_possible(base, options, said)
+        assert found.measured is not None
         low, high = found.measured.interval95
         raise InputError(
             f"the budget is {options.time_budget}, and after {_CORRECTIONS} corrections of the table the pruned model "
@@ -113,6 +122,7 @@ def prune_within_time(
 
 def _remedy(found: LatencyBudget) -> str:
     """What helps if a plan takes longer than predicted."""
+    assert found.measured is not None
     allowed = found.limit_ms * found.predicted.ms / found.measured.ms
     return f"measure the table again, or learn masks for a budget of about {allowed:.3g}ms@{found.scenario}"
 
@@ -125,38 +135,54 @@ def _check_still_possible(base: Path, options: PruneOptions, said: str) -> None:
 
 
 def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> LatencyBudget:
-    """Measure both models in turn; `scratch`: a folder for their exports."""
+    """Measure both models in turn, unless latencies are estimated; `scratch`: a folder for their exports."""
     budget = read_plan(pruned / PLAN_FILE).time_budget
     assert budget is not None
-    dtype = precision_of(base, budget.runtime, precision.AUTO)
-    sides = {"baseline": base, "candidate": pruned}
-    export_format = exported_as(budget.runtime, [*sides.values()], dtype)
-    for name, source in sides.items() if export_format else ():
-        assert export_format is not None
-        sides[name] = scratch / name
-        export(source, sides[name], export_format, dtype=dtype)
-    timed = timed_in(parse_scenario(budget.times.scenario))
-    found = run_benchmark(
-        sides["candidate"], sides["baseline"], budget.runtime, timed.load(), dtype=dtype, torch_mode="eager"
-    )
-    if not found["environment"]["valid"]:
-        raise EnvironmentInvalid(f"{'; '.join(found['environment']['reasons'])}; {QUIET}")
-    metric = "itl" if timed.phase == "decode" else "ttft"
-    measured = {
-        side: _median([value for value in found["speed"][side]["by_repeat"][metric] if value is not None], side)
-        for side in sides
-    }
     dense, after = (read_anatomy(checkpoint.read_config(folder)) for folder in (base, pruned))
+    measured: dict[str, Milliseconds] = {}
+    if budget.times.estimated_for is None:
+        timed = timed_in(parse_scenario(budget.times.scenario), dense)
+        measured = _measured(runtime_of(base, budget.runtime), base, pruned, timed, scratch)
     return LatencyBudget(
         scenario=budget.times.scenario,
         runtime=budget.runtime,
         limit_ms=budget.limit_ms,
         dense_predicted=_reported(budget.predicted(dense)),
-        dense_measured=measured["baseline"],
+        dense_measured=measured.get("baseline"),
         predicted=_reported(budget.predicted(after)),
-        measured=measured["candidate"],
+        measured=measured.get("candidate"),
         corrections=corrections,
+        estimated_for=budget.times.estimated_for,
     )
+
+
+def _measured(runtime: Runtime, base: Path, pruned: Path, timed: Timed, scratch: Path) -> dict[str, Milliseconds]:
+    """Return the latency of each side."""
+    sides = {"baseline": base, "candidate": pruned}
+    ms = _benchmarked(runtime, sides, timed, scratch)
+    return {side: _median(values, side) for side, values in ms.items()}
+
+
+def _benchmarked(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch: Path) -> dict[str, list[float]]:
+    """Return the milliseconds of each side in every repeat of a benchmark; `scratch`: a folder for their exports."""
+    folders = dict(sides)
+    export_format = exported_as(runtime.name, [*sides.values()], runtime.dtype)
+    for side, source in sides.items() if export_format else ():
+        assert export_format is not None
+        folders[side] = scratch / side
+        export(source, folders[side], export_format, dtype=runtime.dtype)
+    found = run_benchmark(
+        folders["candidate"],
+        folders["baseline"],
+        runtime.name,
+        timed.load(),
+        dtype=runtime.dtype,
+        torch_mode="eager",
+    )
+    if not found["environment"]["valid"]:
+        raise EnvironmentInvalid(f"{'; '.join(found['environment']['reasons'])}; {QUIET}")
+    metric = _METRICS[timed.phase]
+    return {side: [value for value in found["speed"][side]["by_repeat"][metric] if value is not None] for side in sides}
 
 
 def _reported(time: Time) -> Milliseconds:

@@ -6,55 +6,42 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.configs import pruned_config
-from numprune.errors import EnvironmentInvalid, InputError, MissingRuntime
+from numprune.errors import EnvironmentInvalid, MissingRuntime
 from numprune.export import checkpoint, compressed_tensors, disk, manifest, precision, processors, random_weights
 from numprune.export.runtimes import device_of
-from numprune.families import Kind
-from numprune.flows.names import TIMINGS
+from numprune.flows.names import CAUSAL_LM, TIMINGS
 from numprune.flows.sections import BlockTimings
 from numprune.flows.stages import code_version
-from numprune.flows.steps.benchmark import exported_as
+from numprune.flows.steps.benchmark import encoder_load, exported_as
 from numprune.flows.steps.export import export, precision_of
 from numprune.flows.steps.training import alone_in
 from numprune.progress import Progress, progress
-from numprune.scenario import Scenario, parse_scenario
+from numprune.scenario import Scenario, check_scenario, parse_scenario
 from numprune.serving.benchmark.client import Worker
 from numprune.serving.benchmark.visits import (
-    QUIET,
     Runtime,
     Timed,
     Visit,
     check_quiet,
+    check_state,
     drift,
     order,
     visit,
     weighted_medians,
 )
-from numprune.serving.report import capture, combine, package_versions, replace
-from numprune.slices import GONE, Size
+from numprune.serving.report import capture, package_versions, replace
 from numprune.target import Target
-from numprune.timings import (
-    BlockTime,
-    Key,
-    ScenarioTimes,
-    Time,
-    TimingTable,
-    check_measurable,
-    shape_of,
-    sizes_to_time,
-)
+from numprune.timed_models import TimedModel, TimedModels, Weights, check_measurable, within_layers
+from numprune.timings import BlockTime, Key, ScenarioTimes, Time, TimingTable, shape_of, sizes_to_time
 
-# Copies of a block together hold at least this, several times a CPU's cache: blocks of a whole model are not cached.
-_COPIES_BYTES = 128 << 20
-_FEWEST_COPIES = 4
 _ANCHORS = 3  # visits of the largest model at the start and at the end of a run
 _PACKAGES = {"torch": ("torch", "transformers"), "onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
 
@@ -85,33 +72,27 @@ def timing_request(asked: BlockTimings, scenario: str, target: Target) -> Reques
     return Request(asked.runtime, [parse_scenario(scenario)], target, asked.sizes, asked.visits, asked.seed)
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model with `copies` blocks of one kind and size, and as little else as possible."""
-
-    kind: Kind
-    size: Size
-    copies: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{self.size.units}x{self.size.members}-{self.copies}"
-
-
 def key_of(base: Path, runtime: str, quantization: str = "none", tensor_parallel: int = 1) -> Key:
     """Return what a table measured here would be valid for. Raises InputError, MissingRuntime."""
-    device = device_of(runtime)
-    threads = torch.get_num_threads() if runtime == "torch" else processors.count()
+    used, anatomy = runtime_of(base, runtime), read_anatomy(checkpoint.read_config(base))
     return Key(
         runtime=runtime,
         versions=package_versions(_PACKAGES[runtime]),
-        device=torch.cuda.get_device_name() if device == "cuda" else capture().cpu,
-        threads=threads,
-        dtype=precision_of(base, runtime, precision.AUTO),
+        device=torch.cuda.get_device_name() if used.device == "cuda" else capture().cpu,
+        threads=torch.get_num_threads() if runtime == "torch" else processors.count(),
+        dtype=used.dtype,
         quantization=quantization,
         tensor_parallel=tensor_parallel,
-        shape=shape_of(read_anatomy(checkpoint.read_config(base))),
+        shape=shape_of(anatomy),
     )
+
+
+def runtime_of(base: Path, name: str) -> Runtime:
+    """Return the runtime on this machine, in the precision of the model in `base`.
+
+    Raises InputError, MissingRuntime.
+    """
+    return Runtime(name, device_of(name), precision_of(base, name, precision.AUTO))
 
 
 def check_request(base: Path, asked: Request) -> None:
@@ -123,15 +104,13 @@ def check_request(base: Path, asked: Request) -> None:
         )
     anatomy = read_anatomy(checkpoint.read_config(base))
     check_measurable(anatomy)
+    if anatomy.task != CAUSAL_LM:
+        encoder_load(anatomy, asked.runtime, {})
     for scenario in asked.scenarios:
-        positions = timed_in(scenario).load().positions
-        if positions > anatomy.context:
-            raise InputError(
-                f"scenario {scenario} needs {positions} positions, and {base} has {anatomy.context}; choose fewer "
-                "tokens"
-            )
+        load = timed_in(scenario, anatomy).load()
+        check_scenario(scenario, anatomy, load.positions)
     sizes_to_time(anatomy, asked.target, asked.sizes)
-    precision_of(base, asked.runtime, precision.AUTO)
+    runtime_of(base, asked.runtime)
 
 
 def measure(base: Path, asked: Request, scratch: Path) -> TimingTable:
@@ -169,43 +148,28 @@ class _Run:
         self.config = checkpoint.read_config(base)
         self.anatomy = read_anatomy(self.config)
         self.key = key_of(base, asked.runtime)
-        self.runtime = Runtime(asked.runtime, device_of(asked.runtime), self.key.dtype)
-        self.sizes = sizes_to_time(self.anatomy, asked.target, asked.sizes)
-        self.copies: dict[str, int] = {kind: self._copies(kind) for kind in self.sizes}
+        self.runtime = runtime_of(base, asked.runtime)
+        sizes = sizes_to_time(self.anatomy, asked.target, asked.sizes)
+        self.plan = TimedModels(self.anatomy, sizes, precision.DTYPES[self.key.dtype].itemsize)
         described = {
             "key": self.key.model_dump(),
             "config": self.config.to_dict(),
             "scenarios": [str(scenario) for scenario in asked.scenarios],
-            "models": [model.name for model in self.models],
+            "models": [model.name for model in self.plan.models],
             "seed": asked.seed,
             "code": code_version("serving"),
         }
         identity = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
         self.folder = scratch / f"{TIMINGS}{identity[:16]}"
 
-    @cached_property
-    def models(self) -> list[_Model]:
-        return [
-            _Model(kind, size, copies)
-            for kind, sizes in self.sizes.items()
-            for size in sizes
-            for copies in (1, self.copies[kind])
-        ]
-
-    def _copies(self, kind: Kind) -> int:
-        blocks = self.anatomy.of_kind(kind)
-        largest = max(block.parameters(block.size) for block in blocks)
-        wanted = -(-_COPIES_BYTES // (largest * precision.DTYPES[self.key.dtype].itemsize))
-        return min(self.anatomy.layers, max(_FEWEST_COPIES, wanted))
-
     def complete(self) -> None:
         """Measure what is missing. Raises EnvironmentInvalid."""
-        if missing := [self._bytes(model) for model in self.models if not self._place(model).is_dir()]:
+        if missing := [self._bytes(model) for model in self.plan.models if not self._place(model).is_dir()]:
             disk.require_room(self.folder, sum(missing) + max(missing))  # one is written before it is exported
-        for model in progress(self.models, "timings: write models", "model"):
+        for model in progress(self.plan.models, "timings: write models", "model"):
             self._write(model)
-        timed = {str(scenario): timed_in(scenario) for scenario in self.asked.scenarios}
-        visits = order([model.name for model in self.models], self.asked.visits, self.asked.seed)
+        timed = {str(scenario): timed_in(scenario, self.anatomy) for scenario in self.asked.scenarios}
+        visits = order([model.name for model in self.plan.models], self.asked.visits, self.asked.seed)
         todo = [(name, number) for name, number in visits if not self._done(name, number).is_file()]
         uses_gpu = self.runtime.device == "cuda"
         with self.runtime.start() as worker:
@@ -220,11 +184,9 @@ class _Run:
                 made += self._visit_anchor(worker, timed, bar)
             after = capture(uses_gpu=uses_gpu, own_processes=[worker.pid])
         check_quiet(made)
-        environment = combine(before, after)
-        if not environment.valid:
-            raise EnvironmentInvalid(f"timings: {'; '.join(environment.reasons)}; {QUIET}")
+        check_state(before, after)
 
-    def _write(self, model: _Model) -> None:
+    def _write(self, model: TimedModel) -> None:
         """Write a model with random weights in the form that the runtime opens, unless it is there."""
         folder = self._place(model)
         if folder.is_dir():
@@ -239,29 +201,16 @@ class _Run:
             else:
                 export(source, folder, export_format, dtype=self.key.dtype)
 
-    def _place(self, model: _Model) -> Path:
+    def _place(self, model: TimedModel) -> Path:
         return self.folder / "models" / model.name
 
-    def _bytes(self, model: _Model) -> int:
-        parameters = self.anatomy.fixed_parameters + model.copies * self._parameters(model)
+    def _bytes(self, model: TimedModel) -> int:
+        parameters = self.anatomy.fixed_parameters + self.plan.parameters(model)
         return parameters * precision.DTYPES[self.key.dtype].itemsize
 
-    def _parameters(self, model: _Model) -> int:
-        return max(block.parameters(model.size) for block in self.anatomy.of_kind(model.kind))
-
-    def _config(self, model: _Model) -> Any:
-        """Return the configuration of a model. One layer keeps attention, for the KV cache, in models of MLPs, too."""
-        dropped = range(model.copies, self.anatomy.layers)
-        left = self.anatomy.without(dropped)
-        smallest = min(self.sizes["attention"], key=self._attention_parameters)
-        sizes = {}
-        for block in left.blocks:
-            first = block.kind == "attention" and block.layer == 0
-            sizes[block.name] = model.size if block.kind == model.kind else smallest if first else GONE
-        return pruned_config(self.config, left.keeping(sizes), dropped=dropped)
-
-    def _attention_parameters(self, size: Size) -> int:
-        return self.anatomy.of_kind("attention")[0].parameters(size)
+    def _config(self, model: TimedModel) -> Any:
+        anatomy, dropped = self.plan.built(model)
+        return pruned_config(self.config, anatomy, dropped=dropped)
 
     def _done(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.visit-{number}.json"
@@ -271,7 +220,7 @@ class _Run:
         return sorted(self.folder.glob("anchor-*.json"))
 
     def _visit_anchor(self, worker: Worker, timed: Mapping[str, Timed], bar: Progress) -> list[Visit]:
-        largest = max(self.models, key=lambda model: model.copies * self._parameters(model))
+        largest = max(self.plan.models, key=self.plan.parameters)
         found = []
         for _ in range(_ANCHORS):
             found.append(self._visit(worker, largest.name, timed))
@@ -294,53 +243,52 @@ class _Run:
         """Return the table of what was measured. Raises EnvironmentInvalid."""
         found = {
             model.name: [json.loads(self._done(model.name, number).read_text()) for number in range(self.asked.visits)]
-            for model in self.models
+            for model in self.plan.models
         }
         return TimingTable(
             key=self.key,
-            copies=self.copies,
+            copies={kind: self.plan.copies(kind) for kind in self.plan.sizes},
             visits=self.asked.visits,
             drift=drifts,
+            routing="uniform" if self.anatomy.of_kind("experts") else None,
             scenarios=[self._times(str(scenario), found) for scenario in self.asked.scenarios],
         )
 
     def _times(self, scenario: str, found: Mapping[str, Sequence[Mapping[str, float]]]) -> ScenarioTimes:
-        def of(kind: Kind, size: Size, copies: int) -> list[float]:
-            return [one[scenario] for one in found[_Model(kind, size, copies).name]]
+        def time(weights: Weights, what: str) -> Time:
+            latencies = [[one[scenario] for one in found[model.name]] for model in weights]
+            ms, interval = weighted_medians(latencies, [*weights.values()], self.asked.seed)
+            return _positive(ms, interval, f"{what} in {scenario}")
 
         blocks: dict[str, list[BlockTime]] = {}
-        for kind, sizes in self.sizes.items():
-            copies, blocks[kind] = self.copies[kind], []
-            share = 1 / (copies - 1)
+        for kind, sizes in self.plan.sizes.items():
             for size in sizes:
-                models = [of(kind, size, copies), of(kind, size, 1)]
-                time = weighted_medians(models, (share, -share), self.asked.seed)
-                ms, interval = _positive(*time, f"{kind} of {size.units}x{size.members} units in {scenario}")
-                blocks[kind].append(BlockTime(ms=ms, interval95=interval, units=size.units, members=size.members))
-        # A model of one block of attention is that block and what is around it.
-        smallest, copies = min(self.sizes["attention"], key=self._attention_parameters), self.copies["attention"]
-        weights = (-1 / (copies - 1), copies / (copies - 1))
-        models = [of("attention", smallest, copies), of("attention", smallest, 1)]
-        time = weighted_medians(models, weights, self.asked.seed)
-        ms, interval = _positive(*time, f"embeddings and head in {scenario}")
-        return ScenarioTimes(scenario=scenario, around=Time(ms=ms, interval95=interval), blocks=blocks)
+                of_size = time(self.plan.of_block(kind, size), f"{kind} of {size.units}x{size.members} units")
+                one = BlockTime(**vars(of_size), units=size.units, members=size.members)
+                blocks.setdefault(kind, []).append(one)
+        return ScenarioTimes(
+            scenario=scenario,
+            around=time(self.plan.around(), "embeddings and head"),
+            blocks=blocks,
+            within_layers=within_layers(self.anatomy),
+        )
 
 
-def timed_in(scenario: Scenario) -> Timed:
-    return Timed(scenario.phase, scenario.batch, scenario.tokens)
+def timed_in(scenario: Scenario, anatomy: Anatomy) -> Timed:
+    return Timed(scenario.phase, scenario.batch, scenario.tokens or anatomy.context)
 
 
 def _drift(scenario: str, start: Sequence[Mapping[str, float]], end: Sequence[Mapping[str, float]]) -> float:
     return drift([one[scenario] for one in start], [one[scenario] for one in end])
 
 
-def _positive(ms: float, interval: tuple[float, float], what: str) -> tuple[float, tuple[float, float]]:
+def _positive(ms: float, interval: tuple[float, float], what: str) -> Time:
     if ms <= 0:
         raise EnvironmentInvalid(
             f"the machine is too noisy: {what} would take {ms:.3g} ms (95 % interval {interval[0]:.3g} to "
             f"{interval[1]:.3g}); measure again with more visits, which continues this measurement, or larger batches"
         )
-    return ms, interval
+    return Time(ms=ms, interval95=interval)
 
 
 @contextmanager

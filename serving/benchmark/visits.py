@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,28 +18,37 @@ from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.contention import WAITED_SHARE, waited_share
 from numprune.serving.benchmark.estimators import paired_ratio
 from numprune.serving.benchmark.load import Load
+from numprune.serving.benchmark.passes import Passes
 from numprune.serving.benchmark.samples import Repeat
 from numprune.serving.benchmark.scheduler import ThreadTimes
+from numprune.serving.benchmark.shapes import EncoderLoad
+from numprune.serving.report import Environment as Machine
+from numprune.serving.report import combine
 
 # A drift that is smaller than this, or that chance explains, widens the intervals: visits are spread over the run.
 DRIFT = 0.05
 QUIET = "stop other programs, let the machine cool down, and measure again"
 _WARM, _STEPS = 2, 8  # decode steps of a visit: not counted, counted
-_PREFILLS = 3  # of a visit, after one that is not counted
+_PREFILLS = 3  # or forward passes of a visit, after one that is not counted
 _TIMEOUT_S = 1800.0
 _DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed in a visit: a prefill of `batch` prompts of `tokens`, or decode steps after it."""
+    """What is timed in a visit: a prefill of `batch` prompts of `tokens`, decode steps after it, or forward passes.
 
-    phase: Literal["prefill", "decode"]
+    `tokens` of images are those that the model makes of one.
+    """
+
+    phase: Literal["prefill", "decode", "forward"]
     batch: int
     tokens: int
 
-    def load(self) -> Load:
-        """Return one pass over the batch."""
+    def load(self) -> Load | EncoderLoad:
+        """Return one pass over the batch, or all that a visit times of an encoder."""
+        if self.phase == "forward":
+            return EncoderLoad(batch_sizes=(self.batch,), lengths=(self.tokens,), passes=1 + _PREFILLS)
         output = 2 if self.phase == "prefill" else 1 + _WARM + _STEPS
         return Load(prompts=self.batch, batch_size=self.batch, prompt_length=self.tokens, output_length=output)
 
@@ -56,6 +65,19 @@ class Runtime:
         """Start the worker that `visit` needs."""
         return start_worker(f"timings in {self.name}", _TIMEOUT_S)
 
+    def load(self, worker: Worker, folder: Path, loads: Sequence[Load | EncoderLoad]) -> int:
+        """Load the model in `folder` for all loads; returns its vocabulary. Raises as `visit`."""
+        opened = worker.ask(
+            "load",
+            folder=str(folder),
+            runtime=self.name,
+            device=self.device,
+            threads=None,
+            dtype=self.dtype,
+            encoder=any(isinstance(load, EncoderLoad) for load in loads),
+        )
+        return int(opened["vocabulary"])
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -67,21 +89,32 @@ class Visit:
 
 def visit(worker: Worker, runtime: Runtime, folder: Path, timed: Mapping[str, Timed]) -> Visit:
     """Load the model in `folder` and time it. Raises InputError, MissingRuntime, WorkerError as `run_benchmark`."""
-    opened = worker.ask(
-        "load", folder=str(folder), runtime=runtime.name, device=runtime.device, threads=None, dtype=runtime.dtype
-    )
+    loads = {name: one.load() for name, one in timed.items()}
+    vocabulary = runtime.load(worker, folder, [*loads.values()])
     found: dict[str, float] = {}
     spent: list[ThreadTimes] = []
     for name, one in timed.items():
-        worker.ask("prepare", **one.load().work(opened["vocabulary"]))
-        repeats = [Repeat.from_json(worker.ask("repeat")) for _ in range(1 if one.phase == "decode" else 1 + _PREFILLS)]
-        spent += [ThreadTimes(repeat.ran_s, repeat.waited_s) for repeat in repeats]
-        if one.phase == "decode":
-            found[name] = statistics.median(repeats[0].batches[0].itl_ms[_WARM:])
-        else:
-            found[name] = statistics.median(repeat.batches[0].ttft_ms for repeat in repeats[1:])
+        worker.ask(loads[name].prepares, **loads[name].work(vocabulary))
+        answers = [worker.ask("repeat") for _ in range(1 + _PREFILLS if one.phase == "prefill" else 1)]
+        spent += [ThreadTimes(**answer["threads"]) for answer in answers]
+        found[name] = statistics.median(_latencies(one.phase, answers))
     ran_s, waited_s = sum(one.ran_s for one in spent), sum(one.waited_s for one in spent)
     return Visit(found, ThreadTimes(ran_s, waited_s))
+
+
+def _latencies(phase: str, answers: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the milliseconds that count."""
+    if phase == "forward":
+        return [one.latency_ms for one in Passes.from_json(answers[0]).passes[1:]]
+    batches = [Repeat.from_json(answer).batches[0] for answer in answers]
+    return batches[0].itl_ms[_WARM:] if phase == "decode" else [batch.ttft_ms for batch in batches[1:]]
+
+
+def check_state(before: Machine, after: Machine) -> None:
+    """Raise EnvironmentInvalid if the machine was in no state to measure, at the start of a run or at its end."""
+    found = combine(before, after)
+    if not found.valid:
+        raise EnvironmentInvalid(f"{'; '.join(found.reasons)}; {QUIET}")
 
 
 def check_quiet(visits: Iterable[Visit]) -> None:

@@ -160,6 +160,12 @@ def budgets(found: Pruning) -> str:
 
 def latency(found: LatencyBudget) -> str:
     """The budget of time, and how the prediction compares with the measurement."""
+    if found.measured is None or found.dense_measured is None:
+        device = printable(found.estimated_for or "")
+        return (
+            f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)}: estimated for {device}, not "
+            f"measured, are {number(found.predicted.ms)} ms, from {number(found.dense_predicted.ms)} ms"
+        )
     low, high = found.measured.interval95
     return (
         f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)} in {found.runtime}: "

@@ -17,26 +17,29 @@ from numprune.export import checkpoint, disk, locks, manifest
 from numprune.export.files import CARD
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.chain import learn, time_blocks
-from numprune.flows.names import LEARNED, TIMINGS, TRAINING_LOCK
+from numprune.flows.names import LEARNED, ROOFLINE, TIMINGS, TRAINING_LOCK
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.stages import RESULT, Artifact, StageResult, Text, place_of, read_facts
 from numprune.flows.steps import bodies, timed_prune, timings
+from numprune.flows.steps.estimates import estimate_key
 from numprune.flows.steps.report import pruning_section
 from numprune.flows.steps.results import TimedCheckpoint
 from numprune.flows.steps.timings import Request, key_of, measure
 from numprune.plans import PLAN_FILE, read_plan
-from numprune.scenario import Scenario
+from numprune.scenario import Scenario, parse_scenario
 from numprune.serving.benchmark import visits
 from numprune.serving.benchmark.scheduler import ThreadTimes
 from numprune.serving.benchmark.visits import Runtime, Visit
 from numprune.target import Target, allowed_sizes
+from numprune.time_budget import TimeBudget
 from numprune.timings import BlockTime, ScenarioTimes, Time, TimingTable, read_timings
-from tests.conftest import build_tiny
+from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.conftest import RECIPE, Answered, write_inputs
 
 Command = Callable[..., Answered]
 DECODE = "decode,b=1,ctx=16"
+FORWARD = "forward,b=2,len=16"
 SAMPLED = ("--samples", 8, "--sequence-length", 64)
 AROUND_MS = 3.0
 
@@ -164,14 +167,18 @@ def test_a_machine_that_slows_down_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def ignore_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure really, although other programs may disturb it."""
+    monkeypatch.setattr(visits, "DRIFT", 1e9)
+    monkeypatch.setattr(visits, "WAITED_SHARE", 1.0)
+    monkeypatch.setattr(timings, "_positive", lambda ms, interval, _: Time(ms=abs(ms) + 1e-9, interval95=interval))
+
+
 @pytest.mark.slow
 def test_the_command_writes_a_table(
     numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Really measured; other programs may disturb it, which is no concern here."""
-    monkeypatch.setattr(visits, "DRIFT", 1e9)
-    monkeypatch.setattr(visits, "WAITED_SHARE", 1.0)
-    monkeypatch.setattr(timings, "_positive", lambda ms, interval, _: (abs(ms) + 1e-9, interval))
+    ignore_noise(monkeypatch)
     command = ("timings", inputs / "base", "--runtime", "onnxruntime", "--scenario", DECODE, "prefill,b=2,len=8")
     out = tmp_path / "table.json"
     answered = numprune(*command, "--sizes", 2, "--align", 32, "--visits", 3, "--out", out, "--json")
@@ -189,8 +196,9 @@ def test_the_command_writes_a_table(
     ("options", "says"),
     [
         (("--scenario", "decode,b=1"), "scenario is 'decode,b=1'; it must be decode,b=BATCH,ctx=TOKENS"),
+        (("--scenario", FORWARD), "for the task causal-lm it must be decode,b=BATCH,ctx=TOKENS or prefill"),
         (("--scenario", DECODE, DECODE), "the same scenario is given twice"),
-        (("--scenario", "decode,b=1,ctx=99999"), "needs 100009 positions"),
+        (("--scenario", "decode,b=1,ctx=99999"), "needs 100009 positions, and the model has 256"),
         (("--scenario", DECODE, "--sizes", 13), "13 must be from 2 to 12"),
     ],
 )
@@ -202,7 +210,7 @@ def test_requests_that_make_no_sense_are_refused(
     assert says in answered.err
 
 
-def write_table(base: Path, out: Path, factor: float, **changes: Any) -> float:
+def write_table(base: Path, out: Path, factor: float, scenario: str = DECODE, **changes: Any) -> float:
     """Write a table that would be right on a machine `factor` times as fast as that of `latency`; return the whole."""
     anatomy = read_anatomy(checkpoint.read_config(base))
     allowed = allowed_sizes(anatomy, Target(), Limits())
@@ -215,9 +223,9 @@ def write_table(base: Path, out: Path, factor: float, **changes: Any) -> float:
                 time = BlockTime(units=size.units, members=size.members, ms=ms, interval95=(ms, ms))
                 blocks.setdefault(kind, []).append(time)
     around = Time(ms=factor * AROUND_MS, interval95=(factor * AROUND_MS, factor * AROUND_MS))
-    times = ScenarioTimes(scenario=DECODE, around=around, blocks=blocks)
+    times = ScenarioTimes(scenario=scenario, around=around, blocks=blocks)
     key = key_of(base, "torch").model_copy(update=changes)
-    table = TimingTable(key=key, copies={"mlp": 2}, visits=3, drift={DECODE: 1.0}, scenarios=[times])
+    table = TimingTable(key=key, copies={"mlp": 2}, visits=3, drift={scenario: 1.0}, scenarios=[times])
     out.write_text(table.to_json())
     return factor * latency(checkpoint.read_config(base))
 
@@ -295,10 +303,8 @@ def benchmark_on(monkeypatch: pytest.MonkeyPatch, factor: Callable[[int], float]
     def benchmark(candidate: Path, baseline: Path, *_: Any, **__: Any) -> dict[str, Any]:
         looks.append(candidate)
         sides = {"candidate": candidate, "baseline": baseline}
-        speed = {
-            side: {"by_repeat": {"itl": [factor(len(looks)) * latency(checkpoint.read_config(folder))] * 4}}
-            for side, folder in sides.items()
-        }
+        ms = {side: factor(len(looks)) * latency(checkpoint.read_config(folder)) for side, folder in sides.items()}
+        speed = {side: {"by_repeat": {"itl": [one] * 4, "latency": [one] * 4}} for side, one in ms.items()}
         return {"speed": speed, "environment": {"valid": True, "reasons": []}}
 
     monkeypatch.setattr(timed_prune, "run_benchmark", benchmark)
@@ -501,3 +507,111 @@ def test_budgets_of_time_that_make_no_sense_are_refused(numprune: Command, input
         assert answered.code == 1
         assert says in answered.err
     assert json.loads(table.read_text())["version"] == "numprune/timings/1"
+
+
+@pytest.mark.parametrize(
+    ("family", "scenario", "kinds"),
+    [
+        ("bert", FORWARD, {"attention", "mlp"}),
+        ("vit", "forward,b=2", {"attention", "mlp"}),
+        ("gpt_oss", DECODE, {"sliding-attention", "attention", "experts"}),
+    ],
+)
+def test_encoders_experts_and_windows_are_timed(
+    tmp_path: Path, machine: SimpleNamespace, family: str, scenario: str, kinds: set[str]
+) -> None:
+    windows = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = build_tiny(family, **(windows if family == "gpt_oss" else {}))
+    base = write_checkpoint(model, tmp_path / "base")
+    table = measure(base, asked(scenarios=[parse_scenario(scenario)], sizes=2), tmp_path)
+    assert table.times(scenario).blocks.keys() == kinds
+    assert table.routing == ("uniform" if "experts" in kinds else None)
+    predicted = TimeBudget(1, table.times(scenario), "torch").predicted(read_anatomy(model.config)).ms
+    assert predicted == pytest.approx(latency(model.config))
+    assert table.key.shape.task == read_anatomy(model.config).task
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_an_encoder_is_pruned_to_a_budget_of_a_forward_pass(
+    numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark_on(monkeypatch, lambda _: 1.0)
+    base, table = write_checkpoint(build_tiny("bert"), tmp_path / "base"), tmp_path / "table.json"
+    whole = write_table(base, table, 1.0, scenario=FORWARD)
+    budget = ("--budget", f"{0.8 * whole:.6f}ms@{FORWARD}", "--timings", table, "--compensation", "oneshot")
+    answered = numprune("prune", base, tmp_path / "pruned", *budget, *SAMPLED, "--text", inputs / "train.txt", "--json")
+    assert answered.code == 0, answered.err
+    found = answered.json["latency"]
+    assert found["scenario"] == FORWARD
+    assert found["measured"]["ms"] == pytest.approx(found["predicted"]["ms"])
+    assert 0.5 * whole < found["measured"]["ms"] <= found["limit_ms"]
+
+
+@pytest.mark.slow
+def test_forward_passes_are_really_measured(numprune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignore_noise(monkeypatch)
+    base, table = write_checkpoint(build_tiny("vit"), tmp_path / "base"), tmp_path / "table.json"
+    sizes = ("--sizes", 2, "--align", 32, "--visits", 3)
+    answered = numprune("timings", base, "--runtime", "torch", "--scenario", "forward,b=2", *sizes, "--out", table)
+    assert answered.code == 0, answered.err
+    assert [len(times) for times in read_timings(table).times("forward,b=2").blocks.values()] == [2, 2]
+
+
+def test_an_estimate_chooses_sizes_and_says_everywhere_that_it_is_one(
+    numprune: Command, inputs: Path, tmp_path: Path
+) -> None:
+    base, table = inputs / "base", tmp_path / "table.json"
+    command = ("timings", base, "--peak-tflops", 1e-3, "--bandwidth", 1e-3, "--scenario", DECODE)
+    answered = numprune(*command, "--align", 32, "--out", table)
+    assert answered.code == 0, answered.err
+    device = "a device of 0.001 TFLOP/s and 0.001 GB/s"
+    assert f"estimated for {device} in float32, not measured" in answered.out
+    found = read_timings(table)
+    assert (found.estimate, found.visits, found.key.runtime) == (True, 0, ROOFLINE)
+    whole = TimeBudget(1, found.times(DECODE), ROOFLINE).predicted(read_anatomy(checkpoint.read_config(base))).ms
+    budget = ("--budget", f"{0.8 * whole:.6f}ms@{DECODE}", "--timings", table, "--compensation", "oneshot")
+    text = (*SAMPLED, "--text", inputs / "train.txt")
+    answered = numprune("prune", base, tmp_path / "pruned", *budget, *text)
+    assert answered.code == 0, answered.err
+    assert f"estimated for {device}, not measured" in answered.out
+    assert f"estimated for {device}" in (tmp_path / "pruned" / CARD).read_text()
+    answered = numprune("prune", base, "--plan-only", *budget, *text)
+    assert f"estimated for {device}" in answered.out
+    for word, instead in (('"estimate": true', '"estimate": false'), ('"visits": 0', '"visits": 3')):
+        table.write_text(found.to_json().replace(word, instead))
+        refused = numprune("prune", base, tmp_path / "again", *budget, *text)
+        assert refused.code == 1
+        assert "estimate, key.runtime and visits contradict each other" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["timings.runtime=roofline"], "needs a device, or both its peak"),
+        (["timings.device=h200"], 'device: it has an effect only with runtime = "roofline"'),
+        (
+            [
+                *("timings.runtime=roofline", "timings.device=h200"),
+                'gates=[{metric="speed.torch.decode_tokens_per_s.ratio", bound="ci95_lower", min=1.05}]',
+            ],
+            "gates: speed.torch.decode_tokens_per_s.ratio can never pass, because timings.runtime = 'roofline'",
+        ),
+    ],
+)
+def test_recipes_with_estimates_are_refused_where_they_promise_a_speed(
+    inputs: Path, overrides: list[str], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        load(inputs / "recipe.toml", [f"prune.budget=5ms@{DECODE}", *overrides])
+
+
+def test_the_stage_of_a_recipe_estimates(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    asked = [f"prune.budget=1us@{DECODE}", "timings.runtime=roofline", "timings.device=l4", "timings.sizes=4"]
+    recipe = load(inputs / "recipe.toml", asked)
+    named: dict[str, Any] = {"asked": recipe.timings, "target": recipe.sizes(), "machine": {}}
+    table = bodies.make_timings(tmp_path, model=Text(str(inputs / "base"), ""), scenario=DECODE, **named)
+    assert table.key == estimate_key(inputs / "base", "L4")
+    assert prepare(recipe, tmp_path).timings_key == table.key.model_dump_json()
+    answered = numprune("plan", inputs / "recipe.toml", *(part for one in asked for part in ("--set", one)))
+    assert answered.code == 0, answered.err
+    assert "among sizes that are estimated for L4, not measured" in answered.out

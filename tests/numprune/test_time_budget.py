@@ -19,7 +19,7 @@ from numprune.options import PruneOptions, check_options
 from numprune.planned import check_plan
 from numprune.plans import read_plan
 from numprune.pruning import prune
-from numprune.scenario import Scenario, parse_scenario, parse_time
+from numprune.scenario import Scenario, check_scenario, parse_scenario, parse_time
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
 from numprune.time_budget import TimeBudget, measured_sizes
@@ -27,17 +27,18 @@ from numprune.timings import (
     BlockTime,
     Key,
     ScenarioTimes,
-    Shape,
     Time,
     TimingTable,
     check_key,
-    check_measurable,
     read_timings,
+    shape_of,
     sizes_to_time,
 )
+from tests.conftest import tiny_config
 
 TARGET = Target(align=16)
 DECODE = "decode,b=8,ctx=2048"
+ARCHITECTURES = {"bert": ["BertForMaskedLM"], "vit": ["ViTForImageClassification"]}
 
 
 def config(family="llama", **overrides):
@@ -212,6 +213,8 @@ def test_blocks_of_one_size_share_the_error_of_their_time():
         ("250us@decode,b=1,ctx=1", 0.25),
         ("1600tok/s@decode,b=8,ctx=2048", 5),
         ("1000tok/s@prefill,b=2,len=100", 200),
+        ("1000tok/s@forward,b=2,len=100", 200),
+        ("5ms@forward,b=8", 5),
     ],
 )
 def test_times_and_throughputs_are_read(text, ms):
@@ -226,7 +229,35 @@ def test_a_scenario_says_its_step():
 
 
 @pytest.mark.parametrize(
-    "text", ["20ms@", "20@decode,b=1,ctx=1", "0ms@decode,b=1,ctx=1", "5ms@decode,b=0,ctx=4", "5ms@prefill,b=1,ctx=4"]
+    ("family", "scenario", "rule"),
+    [
+        ("llama", "forward,b=1,len=8", "decode,b=BATCH,ctx=TOKENS or prefill"),
+        ("bert", "prefill,b=1,len=8", "for the task masked-lm it must be forward,b=BATCH,len=TOKENS"),
+        ("bert", "forward,b=1", "it must be forward,b=BATCH,len=TOKENS"),
+        ("vit", "forward,b=1,len=8", "for the task image-classification it must be forward,b=BATCH$"),
+    ],
+)
+def test_scenarios_are_those_of_the_task(family, scenario, rule):
+    anatomy = read_anatomy(tiny_config(family, architectures=ARCHITECTURES.get(family)))
+    with pytest.raises(InputError, match=rule):
+        check_scenario(parse_scenario(scenario), anatomy, 8)
+
+
+def test_images_have_no_tokens_per_second():
+    with pytest.raises(InputError, match="images have no tokens; give a time"):
+        parse_time("100tok/s@forward,b=8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "20ms@",
+        "20@decode,b=1,ctx=1",
+        "0ms@decode,b=1,ctx=1",
+        "5ms@decode,b=0,ctx=4",
+        "5ms@prefill,b=1,ctx=4",
+        "5ms@decode,b=1",
+    ],
 )
 def test_other_texts_are_refused_with_the_rule(text):
     with pytest.raises(InputError, match=re.escape("decode,b=BATCH,ctx=TOKENS or prefill,b=BATCH,len=TOKENS")):
@@ -241,7 +272,7 @@ KEY = Key(
     dtype="float32",
     quantization="none",
     tensor_parallel=1,
-    shape=Shape(family="llama", hidden_size=64, head_dim=16, vocabulary=50, sliding_window=None),
+    shape=shape_of(ANATOMY),
 )
 
 
@@ -276,16 +307,3 @@ def test_sizes_are_spread_and_include_the_model_s_own():
     sizes = sizes_to_time(anatomy, TARGET, 5)
     assert [size.units for size in sizes["mlp"]] == [192, 400, 592, 800, 1000]
     assert [size.units for size in sizes["attention"]] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        ({"num_hidden_layers": 1}, "at least two blocks"),
-        ({"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}, "the time of experts depends"),
-        ({"family": "gpt2", "n_inner": 64, "scale_attn_by_inverse_layer_idx": True}, "each layer uses its index"),
-    ],
-)
-def test_models_whose_blocks_cannot_be_timed_are_refused(overrides, says):
-    with pytest.raises(InputError, match=says):
-        check_measurable(read_anatomy(config(**overrides)))

@@ -2,6 +2,10 @@
 
 import copy
 
+import pytest
+from pydantic import ValidationError
+
+from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.report import Report, markdown, page
 from tests.serving.conftest import COMPLETE
 
@@ -62,3 +66,30 @@ def test_text_and_page_say_the_budget_of_time_and_what_was_measured() -> None:
     for shown in (markdown(report), page.html(report)):
         assert "at most 20 ms in the step decode,b=8,ctx=2048 in onnxruntime" in shown
         assert "19.75 ms predicted, 19.50 ms measured (19.2 to 19.8), from 27.50 ms" in shown
+
+
+@pytest.mark.parametrize("metric", ["speed.onnxruntime.decode_tokens_per_s.ratio", "pruning.latency.predicted.ms"])
+def test_an_estimate_is_called_one_and_passes_no_gate_on_a_speed(metric: str) -> None:
+    data = copy.deepcopy(COMPLETE)
+    times = {"ms": 19.75, "interval95": [19.75, 19.75]}
+    data["pruning"]["latency"] = {
+        "scenario": "decode,b=8,ctx=2048",
+        "runtime": "roofline",
+        "limit_ms": 20,
+        "dense_predicted": times | {"ms": 27},
+        "dense_measured": None,
+        "predicted": times,
+        "measured": None,
+        "corrections": 0,
+        "estimated_for": "H200 SXM",
+    }
+    report = Report.model_validate(data)
+    for shown in (markdown(report), page.html(report)):
+        assert "decode,b=8,ctx=2048: estimated for H200 SXM, not measured, are 19.75 ms, from 27.00 ms" in shown
+    limit = {"min": 1e-9} if metric.startswith("speed") else {"max": 1e9}
+    [found] = judge(report, Policy(gates=(Gate(metric=metric, bound="point", **limit),))).gates
+    assert found.outcome == "fail"
+    assert "estimated for H200 SXM, not measured: no gate on a speed can pass" in found.reason
+    data["pruning"]["latency"]["measured"] = times
+    with pytest.raises(ValidationError, match="either measured or estimated for a device"):
+        Report.model_validate(data)

@@ -124,17 +124,25 @@ class Milliseconds(Model):
 class LatencyBudget(Model):
     """A budget of time: the latency of one step, predicted from those of blocks and measured when it was pruned.
 
-    `corrections`: how often a measurement corrected the prediction.
+    `corrections`: how often a measurement corrected the prediction. `estimated_for`: the device that the latencies of
+    blocks are estimated for by its data sheet; the models were then not measured.
     """
 
     scenario: str
     runtime: Runtime
     limit_ms: Finite
     dense_predicted: Milliseconds
-    dense_measured: Milliseconds
+    dense_measured: Milliseconds | None
     predicted: Milliseconds
-    measured: Milliseconds
+    measured: Milliseconds | None
     corrections: Count
+    estimated_for: str | None = None
+
+    @model_validator(mode="after")
+    def _estimated_or_measured(self) -> Self:
+        if {self.estimated_for is None} != {one is not None for one in (self.dense_measured, self.measured)}:
+            raise ValueError("a latency is either measured or estimated for a device")
+        return self
 
 
 class Refinement(Model):

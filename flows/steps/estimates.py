@@ -1,0 +1,55 @@
+"""Estimates the table of block latencies from a device's data sheet, where there is no target to measure on."""
+
+from pathlib import Path
+
+from numprune.anatomy import read_anatomy
+from numprune.errors import InputError
+from numprune.export import checkpoint, compressed_tensors, precision
+from numprune.flows.names import ROOFLINE
+from numprune.roofline import Peaks, estimated
+from numprune.scenario import Scenario, check_scenario
+from numprune.target import Target
+from numprune.timings import Key, TimingTable, shape_of, sizes_to_time
+
+
+def estimate(base: Path, scenarios: list[Scenario], target: Target, sizes: int, peaks: Peaks) -> TimingTable:
+    """Return the estimated table of the model in `base`; arguments are those of `timings.Request`.
+
+    Raises:
+        InputError: the model is quantized or does not run the scenario, or the device has no peak for its precision.
+    """
+    compressed_tensors.refuse_quantized(base, "timing of blocks")
+    anatomy, key = read_anatomy(checkpoint.read_config(base)), estimate_key(base, peaks.name)
+    for scenario in scenarios:
+        check_scenario(scenario, anatomy, (scenario.tokens or 0) + (scenario.phase == "decode"))
+    of_kinds = sizes_to_time(anatomy, target, sizes)
+    bytes_per_value = precision.DTYPES[key.dtype].itemsize
+    return TimingTable(
+        key=key,
+        estimate=True,
+        copies={},
+        visits=0,
+        drift={},
+        routing="uniform" if anatomy.of_kind("experts") else None,
+        scenarios=[estimated(anatomy, of_kinds, scenario, peaks, bytes_per_value) for scenario in scenarios],
+    )
+
+
+def estimate_key(base: Path, device: str, quantization: str = "none", tensor_parallel: int = 1) -> Key:
+    """Return what an estimate of the model in `base` for a device is valid for, on whichever machine.
+
+    The precision is that of the stored weights. Raises InputError.
+    """
+    dtype = precision.stored(base)
+    if dtype not in precision.DTYPES:
+        raise InputError(f"timings: {base} is stored in {dtype}; estimates are of {', '.join(precision.DTYPES)}")
+    return Key(
+        runtime=ROOFLINE,
+        versions={},
+        device=device,
+        threads=0,
+        dtype=dtype,
+        quantization=quantization,
+        tensor_parallel=tensor_parallel,
+        shape=shape_of(read_anatomy(checkpoint.read_config(base))),
+    )

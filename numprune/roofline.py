@@ -1,0 +1,194 @@
+"""Estimated latencies of a model's blocks, where there is no target to measure on.
+
+By the roofline model (Williams, Waterman and Patterson, CACM 52(4), 2009), a block takes
+
+    max(FLOPs / (0.6 * peak), bytes / (0.8 * bandwidth))
+
+The shares of the peaks are what matrix products and copies usually reach, not measured ones. A matrix product counts
+with its outputs rounded up to whole tiles, an attention with the keys that its tokens see. The bytes are the weights,
+read once, the keys and values, and what goes into and out of the block. Starts of kernels and communication between
+devices are not counted, so small batches take longer than this says. No tensor library is needed.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from numprune.blocks import Anatomy, Block
+from numprune.errors import InputError
+from numprune.scenario import Scenario
+from numprune.slices import Size, Slice
+from numprune.timings import BlockTime, ScenarioTimes, Time
+
+_COMPUTE_SHARE, _BANDWIDTH_SHARE = 0.6, 0.8
+_TILE = 128  # outputs of a matrix product that are computed together
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """A device's peak rates.
+
+    Attributes:
+        name: of the device.
+        tflops: 10^12 dense FLOP/s by bytes of a value: 4 (float32) or 2 (bfloat16 and float16, tensor cores).
+        bandwidth_gb_s: of its memory, in 10^9 bytes per second.
+    """
+
+    name: str
+    tflops: Mapping[int, float]
+    bandwidth_gb_s: float
+
+
+# From NVIDIA's data sheets, without sparsity.
+DEVICES: Mapping[str, Peaks] = MappingProxyType(
+    {
+        "h200": Peaks("H200 SXM", {4: 67, 2: 989}, 4800),
+        "h100-sxm": Peaks("H100 SXM", {4: 67, 2: 989}, 3350),
+        "h100-pcie": Peaks("H100 PCIe", {4: 51, 2: 756}, 2000),
+        "a100-80g": Peaks("A100 SXM 80 GB", {4: 19.5, 2: 312}, 2039),
+        "l40s": Peaks("L40S", {4: 91.6, 2: 362}, 864),
+        "l4": Peaks("L4", {4: 30.3, 2: 121}, 300),
+    }
+)
+
+
+def peaks_of(device: str, tflops: float, bandwidth_gb_s: float) -> Peaks:
+    """Return the peaks of a device, or of one with these rates.
+
+    Args:
+        device: a key of DEVICES, or empty for other devices.
+        tflops: in the precision of the model, like `Peaks.tflops`; 0 with a device of DEVICES.
+        bandwidth_gb_s: as in `Peaks`; 0 with a device of DEVICES.
+
+    Raises:
+        InputError: the device is not known, or not exactly one of them is described.
+    """
+    if device and (tflops or bandwidth_gb_s):
+        raise InputError(f"timings: device {device} has the rates of its data sheet; leave out either it or the rates")
+    if not device and not (tflops > 0 and bandwidth_gb_s > 0):
+        raise InputError("timings: an estimate needs a device, or both its peak TFLOP/s and its bandwidth in GB/s")
+    if not device:
+        name = f"a device of {tflops:g} TFLOP/s and {bandwidth_gb_s:g} GB/s"
+        return Peaks(name, {4: tflops, 2: tflops}, bandwidth_gb_s)
+    if device not in DEVICES:
+        raise InputError(
+            f"timings: device {device[:80]!r} is not known; known are {', '.join(DEVICES)}; give the peak TFLOP/s and "
+            "bandwidth of another"
+        )
+    return DEVICES[device]
+
+
+def estimated(
+    anatomy: Anatomy, sizes: Mapping[str, list[Size]], scenario: Scenario, peaks: Peaks, bytes_per_value: int
+) -> ScenarioTimes:
+    """Return the estimated times of a scenario.
+
+    Args:
+        sizes: to estimate, by what blocks are timed as, as `timings.sizes_to_time` returns them.
+        bytes_per_value: of weights, activations, and keys and values.
+
+    Raises:
+        InputError: the data sheet has no peak for the precision.
+    """
+    if bytes_per_value not in peaks.tflops:
+        raise InputError(f"timings: {peaks.name} has no peak for values of {bytes_per_value} bytes; give its rates")
+    roofline = _Roofline(anatomy, scenario, peaks, bytes_per_value)
+    blocks: dict[str, list[BlockTime]] = {}
+    for kind, of_kind in sizes.items():
+        block = _largest(anatomy, kind)
+        for size in of_kind:
+            ms = roofline.block(block.resized(size))
+            time = BlockTime(ms=ms, interval95=(ms, ms), units=size.units, members=size.members)
+            blocks.setdefault(kind, []).append(time)
+    ms = roofline.around()
+    around = Time(ms=ms, interval95=(ms, ms))  # an estimate has no interval
+    return ScenarioTimes(scenario=str(scenario), around=around, blocks=blocks, estimated_for=peaks.name)
+
+
+def _largest(anatomy: Anatomy, kind: str) -> Block:
+    blocks = (block for block in anatomy.blocks if block.timed_as == kind)
+    return max(blocks, key=lambda block: block.parameters(block.size))
+
+
+@dataclass(frozen=True)
+class _Roofline:
+    anatomy: Anatomy
+    scenario: Scenario
+    peaks: Peaks
+    bytes_per_value: int
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens that go through the blocks in one step."""
+        return 1 if self.scenario.phase == "decode" else self.length
+
+    @property
+    def length(self) -> int:
+        return self.anatomy.context if self.scenario.tokens is None else self.scenario.tokens
+
+    @property
+    def tokens(self) -> int:
+        return self.scenario.batch * self.tokens_per_row
+
+    def block(self, block: Block) -> float:
+        """Return the milliseconds of a block."""
+        values = 2.0 * self.tokens * self.anatomy.hidden_size  # read from the residual stream, and written to it
+        if block.routing is not None:
+            flops, weights = self._experts(block)
+            return self._ms(flops, weights + values + 2.0 * self.tokens * block.routing.top_k * block.members)
+        flops = 2.0 * self.tokens * sum(_tiled(part, block) for part in block.slices if part.width is not None)
+        weights = float(block.parameters(block.size))
+        values += 2.0 * self.tokens * block.channels
+        if block.kind == "attention":
+            keys = self._keys(block)
+            flops += 4.0 * self.tokens * block.channels * keys
+            cached = self.length + 1 if self.scenario.phase == "decode" else self.length
+            values += 2.0 * self.scenario.batch * self._seen(block, cached) * block.units * self.anatomy.head_dim
+        return self._ms(flops, weights + values)
+
+    def _experts(self, block: Block) -> tuple[float, float]:
+        """Return the FLOPs of a block of experts and the weights that it reads; routing prefers no expert."""
+        assert block.routing is not None
+        one = block.resized(Size(1, block.members))
+        parts = [part for part in one.slices if part.width is not None]
+        routers = [part for part in parts if part.tensor.startswith(f"{block.routing.router}.")]
+        of_expert = sum(_tiled(part, one) for part in parts if part not in routers)
+        routed = 2.0 * self.tokens * block.routing.top_k * of_expert
+        unused = (1 - block.routing.top_k / block.units) ** self.tokens  # probability that no token uses an expert
+        flops = routed + 2.0 * self.tokens * sum(_tiled(part, block) for part in routers)
+        return flops, (1 - unused) * block.parameters(block.size)
+
+    def _keys(self, block: Block) -> float:
+        """Return the mean number of keys that a token sees."""
+        if self.scenario.phase == "decode":
+            return self._seen(block, self.length + 1)
+        if self.anatomy.task != "causal-lm":
+            return self.length
+        window = self._seen(block, self.length)
+        # The first tokens see those before them, the others the whole window.
+        return window - window * (window - 1) / (2 * self.length)
+
+    def _seen(self, block: Block, positions: int) -> int:
+        window = self.anatomy.sliding_window
+        slides = window is not None and (block.sliding or not self.anatomy.attention_differs)
+        return min(positions, window) if slides and window is not None else positions
+
+    def around(self) -> float:
+        """Return the milliseconds of embeddings and head."""
+        rows = self.tokens if self.anatomy.task == "masked-lm" else self.scenario.batch  # that have logits
+        head, hidden = self.anatomy.output_parameters, self.anatomy.hidden_size
+        read = head + self.tokens * hidden + rows * self.anatomy.predicted
+        return self._ms(2.0 * rows * head, float(read))
+
+    def _ms(self, flops: float, values: float) -> float:
+        computing = flops / (_COMPUTE_SHARE * self.peaks.tflops[self.bytes_per_value] * 1e12)
+        reading = values * self.bytes_per_value / (_BANDWIDTH_SHARE * self.peaks.bandwidth_gb_s * 1e9)
+        return 1e3 * max(computing, reading)
+
+
+def _tiled(part: Slice, block: Block) -> int:
+    """Return the parameters of a matrix with its units rounded up to whole tiles."""
+    assert part.width is not None
+    outputs = part.entries_per_unit(block.members) * block.units
+    return math.ceil(outputs / _TILE) * _TILE * part.width

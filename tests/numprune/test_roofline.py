@@ -1,0 +1,93 @@
+"""Estimated latencies against sums by hand and by counting."""
+
+import pytest
+
+from numprune.anatomy import read_anatomy
+from numprune.errors import InputError
+from numprune.roofline import DEVICES, Peaks, estimated, peaks_of
+from numprune.scenario import parse_scenario
+from numprune.slices import Size
+from numprune.target import Target
+from numprune.timings import sizes_to_time
+from tests.conftest import tiny_config
+
+SLOW_MEMORY = Peaks("all bytes", {4: 1e12}, 1.25)  # 1e9 bytes take a second
+SLOW_COMPUTER = Peaks("all FLOPs", {4: 1 / 600}, 1e12)  # 1e9 FLOPs take a second
+LLAMA = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}
+
+
+def times_of(config, scenario, peaks):
+    anatomy = read_anatomy(config)
+    sizes = sizes_to_time(anatomy, Target(align=16), 2)
+    return estimated(anatomy, sizes, parse_scenario(scenario), peaks, 4)
+
+
+def at_own_size(times, kind):
+    return max(times.blocks[kind], key=lambda time: time.ms).ms
+
+
+def test_bytes_are_weights_keys_values_and_activations():
+    times = times_of(tiny_config("llama", **LLAMA), "decode,b=8,ctx=99", SLOW_MEMORY)
+    stream = 2 * 8 * 256
+    mlp = 3 * 256 * 512 + stream + 2 * 8 * 512
+    attention = 256 * (4 + 2 + 2 + 4) * 64 + stream + 2 * 8 * 4 * 64 + 2 * 8 * 100 * 2 * 64
+    assert at_own_size(times, "mlp") == pytest.approx(4 * mlp * 1e-6)
+    assert at_own_size(times, "attention") == pytest.approx(4 * attention * 1e-6)
+    assert times.around.ms == pytest.approx(4 * (256 * 259 + 8 * 256 + 8 * 259) * 1e-6)
+    assert times.estimated_for == "all bytes"
+    assert all(time.interval95 == (time.ms, time.ms) for blocks in times.blocks.values() for time in blocks)
+
+
+def test_flops_are_of_whole_tiles_and_of_the_keys_that_tokens_see():
+    length = 20
+    times = times_of(tiny_config("llama", **LLAMA), f"prefill,b=3,len={length}", SLOW_COMPUTER)
+    assert at_own_size(times, "mlp") == pytest.approx(2 * 3 * length * 3 * 256 * 512 * 1e-6)
+    seen = sum(range(1, length + 1))  # of a row
+    attention = 2 * 3 * length * 256 * (4 + 2 + 2 + 4) * 64 + 4 * 3 * seen * 4 * 64
+    assert at_own_size(times, "attention") == pytest.approx(attention * 1e-6)
+    narrow = tiny_config("llama", **{**LLAMA, "intermediate_size": 400})
+    tiled = times_of(narrow, f"prefill,b=3,len={length}", SLOW_COMPUTER)
+    assert at_own_size(tiled, "mlp") == at_own_size(times, "mlp")  # 400 channels take as long as 512
+
+
+@pytest.mark.parametrize("length", [5, 8, 30])
+def test_a_window_limits_the_keys(length):
+    windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    scenario = f"prefill,b=1,len={length}"
+    times = times_of(tiny_config("gemma3_text", **windows), scenario, SLOW_COMPUTER)
+    heads = 4 * 16
+    saved = 4 * heads * sum(max(0, position - 8) for position in range(1, length + 1))
+    assert at_own_size(times, "attention") - at_own_size(times, "sliding-attention") == pytest.approx(saved * 1e-6)
+
+
+def test_encoders_see_every_token():
+    times = times_of(tiny_config("bert", architectures=["BertForMaskedLM"]), "forward,b=1,len=10", SLOW_COMPUTER)
+    projections = 4 * 64 * 128  # each tiled to 128 outputs
+    assert at_own_size(times, "attention") == pytest.approx((2 * 10 * projections + 4 * 10 * 10 * 64) * 1e-6)
+
+
+def test_experts_compute_for_their_tokens_and_are_read_if_any_token_uses_them():
+    config = tiny_config("mixtral", num_local_experts=8, num_experts_per_tok=2)
+    of_expert = 3 * config.hidden_size * config.intermediate_size
+    router = 8 * config.hidden_size
+    one, many = (times_of(config, f"decode,b={batch},ctx=4", SLOW_MEMORY) for batch in (1, 200))
+    activations = 2 * config.hidden_size + 2 * 2 * config.intermediate_size
+    read = 2 / 8 * (8 * of_expert + router) + activations
+    assert at_own_size(one, "experts") == pytest.approx(4 * read * 1e-6)
+    assert at_own_size(many, "experts") == pytest.approx(4 * (8 * of_expert + router + 200 * activations) * 1e-6)
+
+
+def test_a_device_is_known_or_described():
+    assert peaks_of("h200", 0, 0) is DEVICES["h200"]
+    assert peaks_of("", 100, 2000).tflops[2] == 100
+    for arguments, says in (
+        (("h300", 0, 0), r"device 'h300' is not known; known are h200"),
+        (("h200", 100, 2000), "leave out either it or the rates"),
+        (("", 100, 0), "needs a device, or both its peak"),
+    ):
+        with pytest.raises(InputError, match=says):
+            peaks_of(*arguments)
+    with pytest.raises(InputError, match="has no peak for values of 8 bytes"):
+        estimated(
+            read_anatomy(tiny_config("llama")), {"mlp": [Size(8)]}, parse_scenario("decode,b=1,ctx=1"), DEVICES["l4"], 8
+        )
