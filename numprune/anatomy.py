@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numprune import dtypes
+from numprune.around import norm_tensors, tensors_around
 from numprune.blocks import Anatomy, Block, Routing, beside_what_is_left
 from numprune.codes import CodeVocabulary
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
-from numprune.families.family import LINEAR_PARTS, Experts, Part, Patches, Shape, TaskName, Wiring
+from numprune.families.family import LINEAR_PARTS, Experts, Part, TaskName, Wiring
 from numprune.fields import pair, require_sizes
 from numprune.renumber import numbering_field
 from numprune.slices import GONE, Extent, Size, Slice
@@ -173,7 +174,9 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
     if len(head_dims) != 1:
         raise InputError(f"layers differ in head_dim ({', '.join(map(str, sorted(head_dims)))}); that is not supported")
     (head_dim,) = head_dims
-    around, embedding = _around(family, config), f"{model_prefix(config)}{family.embedding}"
+    prefix = model_prefix(config)
+    around = tensors_around(family, config, task, prefix, context_of(config), code_vocabulary(config))
+    embedding = f"{prefix}{family.embedding}"
     predicted = 0 if image else predicted_tokens(config)
     output = 0
     if task in ("causal-lm", "masked-lm"):
@@ -349,7 +352,7 @@ def _block(
         writers += [Slice(name, 1, (Extent(1, divided=True),), places, table=True) for name in wiring.tables]
     shared: dict[str, tuple[int, ...]] = {f"{wiring.gate}.weight": (1, hidden)} if wiring.gate else {}
     for norm in wiring.norms:
-        shared |= _norm(family, norm, hidden)
+        shared |= norm_tensors(family, norm, hidden)
     shared |= {f"{norm}.weight": (extents["key"].entries,) for norm in wiring.head_norms}
     for norm, extent in zip(wiring.joint_norms, (extents["query"], extents["key"]), strict=False):
         shared[f"{norm}.weight"] = (size.units * extent.of_unit(size.members),)
@@ -415,7 +418,7 @@ def _experts_block(family: Family, experts: Experts, layer: _Layer) -> Block:
         reader=down,
         writers=(up, router, *(biases if experts.bias else ())),
         linear=None,
-        shared={name: shape for norm in experts.norms for name, shape in _norm(family, norm, hidden).items()},
+        shared={name: shape for norm in experts.norms for name, shape in norm_tensors(family, norm, hidden).items()},
         head_norms=(),
         modules=(module,),
         separable=True,
@@ -428,72 +431,3 @@ def _experts_block(family: Family, experts: Experts, layer: _Layer) -> Block:
         sizes=experts.sizes,
         stage=None,
     )
-
-
-def _norm(family: Family, path: str, size: int) -> dict[str, tuple[int, ...]]:
-    return {f"{path}.{name}": (size,) for name in (("weight", "bias") if family.norm_bias else ("weight",))}
-
-
-def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
-    task, hidden = task_name(config), config.hidden_size
-
-    def shapes(tensors: Mapping[str, Shape]) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(_size(config, field) for field in fields) for name, fields in tensors.items()}
-
-    around: dict[str, tuple[int, ...]]
-    if family.patches:
-        around = _patch_embeddings(family, family.patches, config)
-    else:
-        around = {f"{family.embedding}.weight": (config.vocab_size, hidden)}
-    if family.positions:
-        path, extra = family.positions
-        around[f"{path}.weight"] = (config.max_position_embeddings + extra, hidden)
-    around |= shapes(family.around) | _merging_tensors(family, config)
-    if family.projection and config.embedding_size != hidden:
-        around |= {
-            f"{family.projection}.weight": (hidden, config.embedding_size),
-            f"{family.projection}.bias": (hidden,),
-        }
-    if family.final_norm:
-        around |= _norm(family, family.final_norm, hidden)
-    around = {f"{model_prefix(config)}{name}": shape for name, shape in around.items()}
-    around |= shapes(family.heads_of.get(task, {}))
-    if task in ("causal-lm", "masked-lm") and not config.tie_word_embeddings:
-        codes = code_vocabulary(config)
-        head = shapes(family.untied)
-        around |= head if codes is None else {name: (codes.codes, *shape[1:]) for name, shape in head.items()}
-    return around
-
-
-def _merging_tensors(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
-    stages = family.stages
-    if stages is None:
-        return {}
-    found: dict[str, tuple[int, ...]] = {}
-    for number, stage in enumerate(read_stages(stages, config)[:-1]):
-        path, hidden = f"{family.layers}.{number}.{stages.merging}", stage.hidden_size
-        found[f"{path}.{stages.reduction}.weight"] = (2 * hidden, 4 * hidden)
-        found |= _norm(family, f"{path}.{stages.norm}", 4 * hidden)
-    return found
-
-
-def _patch_embeddings(family: Family, patches: Patches, config: Any) -> dict[str, tuple[int, ...]]:
-    hidden = config.hidden_size if family.stages is None else getattr(config, family.stages.width)
-    further: dict[str, tuple[int, ...]] = {}
-    if patches.masked is not None and config.use_mask_token:
-        further[patches.masked] = (1, hidden)
-    if patches.positions is not None:
-        further[patches.positions] = (1, context_of(config), hidden)
-    return {
-        **dict.fromkeys(patches.tokens, (1, 1, hidden)),
-        **further,
-        f"{family.embedding}.weight": (hidden, config.num_channels, *pair(config, "patch_size")),
-        f"{family.embedding}.bias": (hidden,),
-    }
-
-
-def _size(config: Any, size: str) -> int:
-    """Return a size of a `Shape`. Raises InputError."""
-    times, _, field = size.rpartition(" * ")
-    require_sizes(config, field)
-    return int(times or 1) * int(getattr(config, field))
