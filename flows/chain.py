@@ -44,6 +44,7 @@ from numprune.flows.steps.results import (
     Timings,
 )
 from numprune.scenario import parse_time
+from numprune.serving.report import AttentionMaps
 from numprune.timings import TimingTable
 
 R = TypeVar("R")
@@ -92,6 +93,7 @@ def judge(run: Run, make: Make) -> Judged:
         pruned = timed_checkpoint
     else:
         pruned = make(prune(run, calibration, learned))
+    maps = make(draw_attention(run, pruned, heldout[first])) if attention and run.image_tokens else None
 
     candidate = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
     recovered = make(recover(run, candidate, rows)) if rows else None
@@ -161,6 +163,7 @@ def judge(run: Run, make: Make) -> Judged:
         identity,
         candidate,
         attention,
+        maps,
         learned,
         pruned,
         generated,
@@ -242,6 +245,22 @@ def probe_attention(run: Run, calibration: StageResult[CalibrationRows]) -> Stag
         bodies.make_attention,
         base=run.base,
         rows=calibration.artifact,
+        stream=run.recipe.prune.stream,
+        device=run.device,
+    ).on_gpu()
+
+
+def draw_attention(
+    run: Run, pruned: StageResult[PrunedCheckpoint], heldout: StageResult[HeldoutRows]
+) -> Stage[AttentionMaps]:
+    return Stage.of(
+        "attention-maps",
+        "serving",
+        bodies.make_attention_maps,
+        base=run.base,
+        pruned=pruned.artifact,
+        rows=heldout.artifact,
+        rows_digest=heldout.facts.digest,
         stream=run.recipe.prune.stream,
         device=run.device,
     ).on_gpu()

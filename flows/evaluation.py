@@ -23,7 +23,7 @@ from numprune.flows.steps.results import (
     TaskAnswers,
     Timings,
 )
-from numprune.serving.report import Quality
+from numprune.serving.report import AttentionMaps, Quality
 
 
 def score_baseline(run: Run, corpus: str, heldout: StageResult[HeldoutRows]) -> Stage[BaselineScores]:
@@ -165,6 +165,7 @@ def report_on(
     identity: Mapping[str, Any],
     candidate: Artifact,
     attention: StageResult[AttentionProbe] | None,
+    maps: StageResult[AttentionMaps] | None,
     learned: StageResult[LearnedMasks] | None,
     pruned: StageResult[PrunedCheckpoint],
     generated: StageResult[GeneratedText] | None,
@@ -183,6 +184,7 @@ def report_on(
         base=run.base,
         candidate=candidate,
         attention=attention.artifact if attention else None,
+        attention_maps=maps.artifact if maps else None,
         learned=learned.artifact if learned else None,
         pruned=pruned.artifact,
         generated=generated.artifact if generated else None,

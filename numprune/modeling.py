@@ -2,10 +2,9 @@
 
 transformers reads and writes `per_layer_config`, but its modeling code builds every layer from the global sizes. Here,
 each family's stock class is subclassed, with layers built from their own configuration (configs.py). If that
-configuration does not accept fewer heads than fill the hidden size, or any width of the MLP, the layer is built with
-those that it accepts and then reduced. A
-layer whose `skip` lists "attention" or "mlp" has no such block and no norms of it: they are replaced by modules that
-output zeros.
+configuration does not accept fewer heads than fill the hidden size, or not every width of the MLP, the layer is built
+with sizes that it accepts and then reduced. A layer whose `skip` lists "attention" or "mlp" has no such block and no
+norms of it: they are replaced by modules that output zeros.
 
 Importing this module registers the classes with their task's auto class, and with `AutoModel`, from which vLLM's
 transformers backend builds its models. Checkpoints contribute data only, no code.

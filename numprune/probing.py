@@ -1,6 +1,7 @@
 """What attention heads look at: the mean share of their attention on special tokens, itself, the one before, the rest.
 
-The kinds of heads are those of Clark et al., What Does BERT Look At? (BlackboxNLP 2019). Notation: n heads, S tokens.
+For images also where the class token looks. The kinds of heads are those of Clark et al., What Does BERT Look At?
+(BlackboxNLP 2019). Notation: n heads, S tokens, P patches.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -42,21 +43,50 @@ def attention_masses(layers: Layers, rows: Tensor, special: Collection[int]) -> 
     check_rows(layers.anatomy, rows)
     found: dict[str, Tensor] = {}
     marked = _special(layers.anatomy, rows, special)
+    for name, row, weights in _all_weights(layers, rows):
+        own = marked[row, : weights.shape[-1]]  # later stages have fewer tokens, none of them special
+        share = masses(weights, own.to(layers.device)).cpu() / len(rows)
+        found[name] = found[name] + share if name in found else share
+    return found
+
+
+@torch.no_grad()
+def attention_maps(layers: Layers, images: Tensor) -> dict[str, Tensor]:
+    """Return the attention on each patch, by block name: (N, n, P) in [0, 1]; P differs between stages.
+
+    That of the first token, the class's, or where images have no such token the mean of all patches.
+
+    Args:
+        layers: of a classifier of images.
+        images: (N, C, height, width).
+
+    Raises InputError for images that are not the model's.
+    """
+    check_rows(layers.anatomy, images)
+    patches = FAMILIES[layers.anatomy.family].patches
+    assert patches is not None
+    count = len(patches.tokens)
+    maps: dict[str, list[Tensor]] = {}
+    for name, _, weights in _all_weights(layers, images):
+        seen = weights[:, 0, count:] if count else weights.mean(1)
+        maps.setdefault(name, []).append(seen.float().cpu())
+    return {name: torch.stack(found) for name, found in maps.items()}
+
+
+def _all_weights(layers: Layers, rows: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """Yield the name of each attention block, the index of a row, and the attention there, (n, S, S)."""
     with _eager(layers.config):
         entered = [layers.enter(row[None]) for row in rows]
         hidden = [one.hidden for one in entered]
         for index in progress(range(layers.anatomy.layers), "attention", "layer"):
             blocks = [block for block in layers.anatomy.of_layer(index) if block.kind == "attention" and block.units]
-            with layers.layer(index) as layer:
+            with layers.layer(index) as layer, _eager(*_configs(layer, blocks)):
                 for number, one in enumerate(entered):
                     with _watched(layer, blocks) as weights:
                         entering = one.arguments[index].merged(hidden[number])
                         hidden[number] = one.arguments[index].call(layer, entering)
                     for name, seen in weights.items():
-                        own = marked[number, : seen.shape[-1]]  # later stages have fewer tokens, none of them special
-                        share = masses(seen[0], own.to(layers.device)).cpu() / len(rows)
-                        found[name] = found[name] + share if name in found else share
-    return found
+                        yield name, number, seen[0]
 
 
 def _special(anatomy: Anatomy, rows: Tensor, special: Collection[int]) -> Tensor:
@@ -130,12 +160,20 @@ def _watched(layer: nn.Module, blocks: Sequence[Block]) -> Iterator[dict[str, Te
         yield weights
 
 
+def _configs(layer: nn.Module, blocks: Sequence[Block]) -> list[Any]:
+    """Return the configurations of attention blocks: the model's, or copies of it where layers differ (modeling.py)."""
+    modules: list[Any] = [layer.get_submodule(block.modules[0]) for block in blocks]
+    return [module.config for module in modules]
+
+
 @contextmanager
-def _eager(config: Any) -> Iterator[None]:
+def _eager(*configs: Any) -> Iterator[None]:
     """Have the model compute attention such that its weights are there to be seen."""
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
     try:
         yield
     finally:
-        config._attn_implementation = before
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation

@@ -15,6 +15,7 @@ from numprune.flows.steps.results import AttentionProbe
 from numprune.layers import Layers, ModelLayers
 from numprune.plans import Plan
 from numprune.probing import attention_masses, correlations, kept_heads
+from numprune.serving.report import AttentionMaps
 
 _ROWS = 8
 _TOKENS = 512  # of a row; attention has as many weights as the square
@@ -26,11 +27,7 @@ def probe(base: Path, rows: Tensor, device: torch.device, *, stream: bool, scrat
     `stream`: one layer in memory at a time, with hidden states in `scratch`.
     """
     few = rows[:_ROWS, :_TOKENS] if rows.dim() == 2 else rows[:_ROWS]  # images are whole
-    layers: Layers = (
-        CheckpointLayers(base, scratch=scratch, device=device)
-        if stream
-        else ModelLayers(load_model(base).to(device), load_task(base))
-    )
+    layers = layers_of(base, device, stream=stream, scratch=scratch)
     tokenizer, special = text_tokenizer(base), set[int]()
     if tokenizer is not None:
         special = {*tokenizer.all_special_ids} - {tokenizer.mask_token_id}  # a mask stands for a word
@@ -39,7 +36,14 @@ def probe(base: Path, rows: Tensor, device: torch.device, *, stream: bool, scrat
     return AttentionProbe(len(few), tokens, {name: table.tolist() for name, table in found.items()})
 
 
-def attention_section(found: AttentionProbe, plan: Plan) -> dict[str, Any]:
+def layers_of(folder: Path, device: torch.device, *, stream: bool, scratch: Path) -> Layers:
+    """Return the layers of a checkpoint; `stream`: one in memory at a time, with hidden states in `scratch`."""
+    if stream:
+        return CheckpointLayers(folder, scratch=scratch, device=device)
+    return ModelLayers(load_model(folder).to(device), load_task(folder))
+
+
+def attention_section(found: AttentionProbe, plan: Plan, maps: AttentionMaps | None = None) -> dict[str, Any]:
     """The part `attention` of the report's section on pruning: the heads, and which of them the plan keeps."""
     kept = {name: kept_heads(plan.blocks[name]) for name in found.heads}
     masses = {name: np.array(heads) for name, heads in found.heads.items()}
@@ -47,4 +51,5 @@ def attention_section(found: AttentionProbe, plan: Plan) -> dict[str, Any]:
         **asdict(found),
         "kept": {name: heads.tolist() for name, heads in kept.items()},
         "spearman": correlations(masses, kept),
+        "maps": maps,
     }

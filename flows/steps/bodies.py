@@ -34,7 +34,7 @@ from numprune.flows.steps.results import (
     Timings,
 )
 from numprune.serving.gates import Gate
-from numprune.serving.report import Quality
+from numprune.serving.report import AttentionMaps, Quality
 from numprune.target import Target
 from numprune.timings import TimingTable
 
@@ -153,6 +153,20 @@ def make_attention(out: Path, *, base: Artifact, rows: Artifact, stream: bool, d
 
     tokens, _ = load_calibration(rows.path)
     return probe(base.path, tokens, torch.device(device), stream=stream, scratch=out)
+
+
+def make_attention_maps(
+    out: Path, *, base: Artifact, pruned: Artifact, rows: Artifact, rows_digest: str, stream: bool, device: str
+) -> AttentionMaps:
+    """Draw where the heads of base and pruned model look in held-out images; `pruned`: the stage."""
+    import torch
+
+    from numprune.flows.bundle import CHECKPOINT
+    from numprune.flows.steps.attention_maps import draw_maps
+    from numprune.flows.steps.text import load_heldout
+
+    images, where = load_heldout(rows.path, rows_digest), torch.device(device)
+    return draw_maps(base.path, pruned.path / CHECKPOINT, images, where, stream=stream, scratch=out)
 
 
 def make_pruned(
@@ -536,6 +550,7 @@ def make_report(
     base: Artifact,
     candidate: Artifact,
     attention: Artifact | None,
+    attention_maps: Artifact | None,
     learned: Artifact | None,
     pruned: Artifact,
     generated: Artifact | None,
@@ -560,8 +575,8 @@ def make_report(
 
     Args:
         base, candidate: the pruned base, and the released checkpoint.
-        attention, learned, pruned, generated, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime,
-            with every look.
+        attention, attention_maps, learned, pruned, generated, recovered, quantized, quality, benchmarks: stages;
+            benchmarks by runtime, with every look.
         answers: the stages with the answers to tasks of "baseline" and "candidate"; empty without tasks.
         corpus: the name of the text that `quality` is of, where it has one; `corpora`: quality on the others, by name.
         asked, asked_to_learn, asked_to_recover: how the candidate was to be pruned, and trained.
@@ -586,12 +601,13 @@ def make_report(
     if corpora:
         named["corpora"] = {name: read_facts(made.path, Quality) for name, made in corpora.items()}
     made: PrunedCheckpoint = read_facts(pruned.path, TimedCheckpoint if asked.allowed.time else PrunedCheckpoint)
-    heads = read_facts(attention.path, AttentionProbe) if attention else None
+    heads = None
+    if attention:
+        maps = read_facts(attention_maps.path, AttentionMaps) if attention_maps else None
+        plan = read_plan(pruned.path / CHECKPOINT / PLAN_FILE)
+        heads = attention_section(read_facts(attention.path, AttentionProbe), plan, maps)
     sections = {
-        "pruning": {
-            **pruning_section(asked, asked_to_learn if learned else None, made),
-            "attention": attention_section(heads, read_plan(pruned.path / CHECKPOINT / PLAN_FILE)) if heads else None,
-        },
+        "pruning": {**pruning_section(asked, asked_to_learn if learned else None, made), "attention": heads},
         "learning": learning_section(asked_to_learn, read_facts(learned.path, LearnedMasks)) if learned else None,
         "recovery": recovery_section(
             asked_to_recover,

@@ -254,5 +254,6 @@ def test_an_image_classifier_goes_from_recipe_to_release(numprune: Command, vit:
     assert report.parity["onnxruntime"]["output_error_max"] < 1e-4
     page = (release / "report.html").read_text()
     assert "Quality on held-out images" in page
+    assert "Attention on images, before and after pruning" in page
     assert {path.name for path in release.iterdir() if path.is_dir()} == {"checkpoint", "onnx"}
     assert (release / "onnx" / "preprocessor_config.json").is_file()

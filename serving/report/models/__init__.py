@@ -28,6 +28,7 @@ from numprune.serving.report.models.quality import (
 from numprune.serving.report.models.report import SCHEMA, Report
 from numprune.serving.report.models.run import (
     Attention,
+    AttentionMaps,
     Dtypes,
     Environment,
     Gpu,
@@ -68,6 +69,7 @@ __all__ = [
     "SCHEMA_1",
     "UNITS",
     "Attention",
+    "AttentionMaps",
     "ChangedImage",
     "ClassLoss",
     "DocumentDelta",

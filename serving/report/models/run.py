@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ from numprune.serving.report.models.fields import (
     Sha256,
     number,
 )
+
+_MAXIMUM_BYTES: Final = 512 << 10  # of a picture in base64
 
 
 class Identity(Model):
@@ -92,6 +94,24 @@ class RatioRemoved(Model):
     kv_bytes: Number = None
 
 
+class AttentionMaps(Model):
+    """Attention on the patches of some held-out images, before and after pruning.
+
+    Attributes:
+        by: whose attention it is: the class token's, or the mean of all patches.
+        images: their names.
+        layers: of the dense model, those that are shown.
+        png: in base64. Each image is a band of three rows: beside the image, a square for each layer, with the mean
+            over the dense model's heads that were kept, over those that were removed, and over the pruned model's.
+            Squares of one image and layer share their scale: the darkest patch of the three is the maximum.
+    """
+
+    by: Literal["class token", "patches"]
+    images: tuple[str, ...] = Field(min_length=1)
+    layers: tuple[Count, ...] = Field(min_length=1)
+    png: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$", max_length=_MAXIMUM_BYTES)]
+
+
 class Attention(Model):
     """What the dense model's attention heads look at, on some calibration rows (see numprune.probing).
 
@@ -99,6 +119,7 @@ class Attention(Model):
         heads: each head's shares of attention by block: on special tokens, on itself, on the token before, on the rest.
         kept: whether it was kept, in the same order.
         spearman: rank correlation of each share with being kept, over all heads; None if undefined.
+        maps: of a classifier of images.
     """
 
     rows: Count
@@ -106,6 +127,7 @@ class Attention(Model):
     heads: dict[str, tuple[tuple[Number, Number, Number, Number], ...]]
     kept: dict[str, tuple[bool, ...]]
     spearman: dict[Metric, Number]
+    maps: AttentionMaps | None = None
 
     @model_validator(mode="after")
     def _of_the_same_heads(self) -> Self:

@@ -1,4 +1,4 @@
-"""What kind of attention heads was kept, within the section on kept units."""
+"""What kind of attention heads was kept, and where they look in images, within the section on kept units."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,9 +7,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from numprune.counted import counted
 from numprune.serving.report import heads, words
 from numprune.serving.report.kept import layer_of
-from numprune.serving.report.models import Attention
+from numprune.serving.report.models import Attention, AttentionMaps
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Heading, Pair, Table, Text
 from numprune.serving.report.page.ink import BAD, CANDIDATE, MUTED, picture
 
@@ -34,6 +35,23 @@ def blocks(found: Attention | None) -> Iterator[Block]:
     drawn = _picture(found, rows)
     caption = "A square for each head: the darker, the more attention. Crossed out: removed."
     yield Pair([Chart(drawn, caption)], [table]) if drawn else table
+    if found.maps is not None:
+        yield from _maps(found.maps)
+
+
+def _maps(found: AttentionMaps) -> Iterator[Block]:
+    yield Heading("Attention on images, before and after pruning")
+    layers = f"layers {', '.join(map(str, found.layers))}" if len(found.layers) > 1 else f"layer {found.layers[0]}"
+    alt = f"Attention of kept and removed heads in {counted(len(found.images), 'image')}, before and after pruning"
+    who = "the class token looks" if found.by == "class token" else "patches look on average"
+    drawn = Markup('<img alt="{}" src="data:image/png;base64,{}">').format(alt, found.png)
+    yield Chart(
+        drawn,
+        f"Beside each image, where {who} in {layers}: the darker, the more attention. First row: the "
+        "dense model's kept heads (mean). Second: its removed heads; grey: none. Third: the pruned model. Squares of "
+        "one image and layer share their scale.",
+    )
+    yield Text(f"Images, held out: {', '.join(found.images)}.")
 
 
 def _picture(found: Attention, rows: Sequence[Sequence[Cell | str]]) -> Markup | None:
