@@ -1,14 +1,14 @@
 """The layers of a checkpoint, read from its shards one at a time: for models larger than memory.
 
-At any time, memory holds the requested layer in the compute data type, the embedding rows that a batch of tokens needs,
-and the pages of the mapped hidden states that the kernel caches.
+At any time, memory holds the requested layer and the one that is read ahead, both in the compute data type, the
+embedding rows that a batch of tokens needs, and the pages of the mapped hidden states that the kernel caches.
 """
 
 import mmap
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from numprune.anatomy import family_of, read_anatomy
 from numprune.errors import DiskError
 from numprune.export import checkpoint, disk
 from numprune.export.headers import TensorHeader
+from numprune.export.read_ahead import ReadAhead
 from numprune.export.shards import ShardWriter
 from numprune.export.tasks import load_task
 from numprune.export.weights import read_rows, slabs
 from numprune.hidden import Narrowing
 from numprune.layers import Entered, Head, enter, leave, unscale
+from numprune.processes import ALONE, Processes
 from numprune.surgery import skeleton
 from numprune.tasks import Task
 from numprune.tensors import tensor_table
@@ -39,8 +41,9 @@ class CheckpointLayers:
             again layer by layer.
         scratch: a folder on a disk with room for hidden states. The files there have no names, so nothing remains when
             the process ends, however it ends.
-        device: of the modules, one layer at a time.
+        device: of the modules, a layer and the next one at a time.
         dtype: to compute in, whatever is stored.
+        processes: that share the rows.
 
     Raises:
         InputError: a file is missing or malformed, or the architecture is not supported.
@@ -56,6 +59,7 @@ class CheckpointLayers:
         scratch: Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        processes: Processes = ALONE,
     ) -> None:
         self.stored = checkpoint.audit(folder)
         checkpoint.check_finite(self.stored)
@@ -66,6 +70,7 @@ class CheckpointLayers:
         checkpoint.round_inputs(self._skeleton, checkpoint.quantized(self.stored))
         self._family = family_of(self._skeleton.config)
         self.task: Task = load_task(folder)
+        self.processes = processes
         self._scratch = scratch
         self.config: PreTrainedConfig = self._skeleton.config
         self.anatomy = read_anatomy(self.config)
@@ -73,6 +78,7 @@ class CheckpointLayers:
         self._embedding: Any = self._skeleton.get_input_embeddings() if self.anatomy.image is None else None
         if self._embedding is not None:
             self._embedding.padding_idx = None
+        self._ahead = ReadAhead(self.anatomy.layers, self._layer_names, self._parameter)
         self.device = torch.device(device)
         self.dtype = dtype
         for module in self._skeleton.modules():
@@ -80,7 +86,7 @@ class CheckpointLayers:
                 setattr(module, name, buffer.to(self.device))
         for path in self.anatomy.mergings.values():  # small, and needed between layers
             merging = self._skeleton.get_submodule(path)
-            self._fill({f"{path}.{name}": None for name, _ in merging.named_parameters()})
+            self._fill(self._parameters(f"{path}.{name}" for name, _ in merging.named_parameters()))
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
         with self._around(tokens, head=False):
@@ -88,10 +94,12 @@ class CheckpointLayers:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        path = self.anatomy.layer_paths[index]
-        layer = self._skeleton.get_submodule(path)
-        with self._filled({f"{path}.{name}": None for name, _ in layer.named_parameters()}):
-            yield unscale(layer, self.anatomy.of_layer(index))
+        try:
+            with self._filled(self._ahead.take(index)):
+                yield unscale(self._layer(index), self.anatomy.of_layer(index))
+        except BaseException:
+            self._ahead.stop()
+            raise
 
     @contextmanager
     def head(self) -> Iterator[Head]:
@@ -101,6 +109,13 @@ class CheckpointLayers:
         # Only the shape of the tokens is used.
         with self._around(torch.zeros(1, 1, dtype=torch.long), head=True):
             yield run
+
+    def _layer_names(self, index: int) -> list[str]:
+        path = self.anatomy.layer_paths[index]
+        return [f"{path}.{name}" for name, _ in self._layer(index).named_parameters()]
+
+    def _layer(self, index: int) -> nn.Module:
+        return self._skeleton.get_submodule(self.anatomy.layer_paths[index])
 
     def allocate(self, *shape: int) -> Tensor:
         return _mapped(self._scratch, torch.Size(shape), self.dtype)
@@ -132,7 +147,7 @@ class CheckpointLayers:
         """Fill the modules outside the layers; of an embedding of tokens, only the rows of `tokens`."""
         if self._embedding is None:
             names = [name for name, _ in self._skeleton.named_parameters() if not self.anatomy.is_in_layers(name)]
-            with self._filled(dict.fromkeys(names)):
+            with self._filled(self._parameters(names)):
                 yield
             return
         modules = {module: name for name, module in self._skeleton.named_modules()}
@@ -144,21 +159,21 @@ class CheckpointLayers:
         used = tokens.unique().to(self.device)
         stored = self._header(embedding)
         rows = torch.cat([read_rows(stored, token, token + 1) for token in used.tolist()])
-        values: dict[str, Tensor | None] = {embedding: rows, **dict.fromkeys(names)}
+        values = {embedding: self._computing(rows), **self._parameters([*names, *(outputs if head else [])])}
 
         def places(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             return (torch.searchsorted(used, args[0].contiguous()),)
 
         looking_up = self._embedding.register_forward_pre_hook(places)
         try:
-            with self._filled(values | dict.fromkeys(outputs if head else [])):
+            with self._filled(values):
                 yield
         finally:
             looking_up.remove()
 
     @contextmanager
-    def _filled(self, values: Mapping[str, Tensor | None]) -> Iterator[None]:
-        """Set the skeleton's parameters by name; None: to the stored values."""
+    def _filled(self, values: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Set the skeleton's parameters by name."""
         empty = self._fill(values)
         try:
             yield
@@ -166,19 +181,24 @@ class CheckpointLayers:
             for module, parameter, without_values in empty:  # a module that is still held keeps no weights
                 setattr(module, parameter, without_values)
 
-    def _fill(self, values: Mapping[str, Tensor | None]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    def _fill(self, values: Mapping[str, nn.Parameter]) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Set parameters like `_filled`; return modules, names in them, and the parameters that were there."""
         before = []
         for name, value in values.items():
             path, _, parameter = name.rpartition(".")
             module = self._skeleton.get_submodule(path)
             before.append((module, parameter, module.get_parameter(parameter)))
-            setattr(module, parameter, self._parameter(name, value))
+            setattr(module, parameter, value)
         return before
 
-    def _parameter(self, name: str, value: Tensor | None) -> nn.Parameter:
-        found = self._read(name) if value is None else value
-        return nn.Parameter(found.to(self.device, self.dtype))
+    def _parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        return {name: self._parameter(name) for name in names}
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self._computing(self._read(name))
+
+    def _computing(self, values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values.to(self.device, self.dtype))
 
     def _read(self, name: str) -> Tensor:
         """Return the model's tensor of this name in its stored data type."""

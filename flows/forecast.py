@@ -174,7 +174,7 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     weights = budget.parameters
     if prune.stream:
         around, by_layer = anatomy.fixed_parameters, (budget.parameters - anatomy.fixed_parameters) // layers
-        weights = around + by_layer
+        weights = around + min(2, layers) * by_layer  # a layer, and the next one, which is read ahead
     row = anatomy.image or (data.sequence_length,)
     per_row = anatomy.largest_stream(row)
     if prune.compensation in FROM_PRUNED_PREFIX:

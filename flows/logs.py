@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO, cast, get_args
 
+from numprune import launcher
 from numprune.errors import InputError
 
 Format = Literal["human", "json"]
@@ -74,11 +75,14 @@ def chosen(asked: str | None) -> Format:
 
 @contextmanager
 def to_stream(form: Format, stream: TextIO | None = None) -> Iterator[None]:
-    """Send our lines from INFO up to `stream` (standard error by default), and otherwise only to files."""
+    """Send our lines from INFO up to `stream` (standard error by default), and otherwise only to files.
+
+    Of several processes of a launcher, the first one logs; the others only report errors.
+    """
     handler = _handler(form, stream or sys.stderr)
     before = _ours.level, _ours.propagate
     _ours.addHandler(handler)
-    _ours.setLevel(logging.INFO)
+    _ours.setLevel(logging.ERROR if launcher.index() else logging.INFO)
     _ours.propagate = False
     try:
         yield

@@ -30,7 +30,7 @@ from numprune.linalg import cholesky, damped
 from numprune.moments import require_in_range
 from numprune.progress import Progress
 from numprune.sensitivity import head_gradient, run_forward
-from numprune.tasks.language import drawn_nll
+from numprune.tasks.language import drawn_nll, skip_labels
 
 FIRST = 1  # position of a row that is measured first
 _DAMPING = 1e-4  # of the Fisher matrix, relative to its mean diagonal: directions without gradients are ranked by size
@@ -76,7 +76,10 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, first: int = F
         for total, values in ((states[point], hidden / scale), (gradients[point], gradient * scale)):
             total += (values.T @ values).to(total.device)
 
-    chunks = rows.split(batch_size if layers.resident else len(rows))
+    share = walker.share(len(rows))
+    mine = rows[share]
+    skip_labels(share.start * rows.shape[1], draw)  # of the processes before this one
+    chunks = mine.split(batch_size if layers.resident else len(mine)) if len(mine) else ()
     with Progress(2 * anatomy.layers * len(chunks), "basis", "layer") as bar:
         for part in chunks:
             entering = run_forward(walker, part, bar)
@@ -98,6 +101,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, first: int = F
                             add(point + offset, seen[offset], own[offset])
                         gradient[batch] = before.to(gradient.device)
                 bar.update()
+    layers.processes.add_up(*states, *gradients)
     count = len(rows) * (rows.shape[1] - first)
     for total in (*states, *gradients):
         require_in_range("residual stream", "hidden states or gradients", total.div_(count))

@@ -149,11 +149,13 @@ class Stream:
     Attributes:
         hidden: (N, S, H), including the outputs of the blocks so far.
         layer: in front of which, or in which, the stream is.
+        first: number of rows before these that other processes have.
     """
 
-    def __init__(self, hidden: Tensor, entry: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor, entry: Tensor | None, first: int = 0) -> None:
         self.hidden = hidden
         self.layer = 0
+        self.first = first
         self._entry = entry  # input shared by parallel blocks; None: all blocks read `hidden`
 
     def enter(self, block: Block) -> None:
@@ -196,18 +198,22 @@ class Walker:
         self._arguments: dict[int, tuple[Arguments, ...]] = {}  # by rows in a batch
 
     @torch.no_grad()
-    def embed(self, rows: Tensor) -> Stream:
-        """Return the stream in front of the first layer."""
+    def embed(self, rows: Tensor, first: int = 0) -> Stream:
+        """Return the stream in front of the first layer; `first`: rows before these that other processes have."""
         anatomy = self.layers.anatomy
         hidden = self.layers.allocate(len(rows), *anatomy.stream_of(self.row, 0))
         for batch in self.batches(len(rows)):
             hidden[batch] = self.layers.enter(rows[batch]).hidden.to(hidden.device)
-        return self.stream(hidden)
+        return self.stream(hidden, first)
 
-    def stream(self, hidden: Tensor) -> Stream:
-        """Return a stream that takes over `hidden` (N, S, H)."""
+    def share(self, rows: int) -> slice:
+        """Return which of `rows` rows this process measures."""
+        return self.layers.processes.share(rows, self._batch_size)
+
+    def stream(self, hidden: Tensor, first: int = 0) -> Stream:
+        """Return a stream that takes over `hidden` (N, S, H); `first` as for `embed`."""
         apart = self.layers.anatomy.has_parallel_blocks
-        return Stream(hidden, self.layers.allocate(*hidden.shape).copy_(hidden) if apart else None)
+        return Stream(hidden, self.layers.allocate(*hidden.shape).copy_(hidden) if apart else None, first)
 
     def copy(self, stream: Stream, gone: Tensor | None = None) -> Stream:
         """Return a copy of a stream on which no block has been run yet, stored in the same place.
@@ -217,7 +223,7 @@ class Walker:
         hidden = self.layers.allocate(*stream.hidden.shape).copy_(stream.hidden)
         if gone is not None:
             hidden.index_fill_(-1, gone.to(hidden.device), 0)
-        return self.stream(hidden)
+        return self.stream(hidden, stream.first)
 
     def enter(self, stream: Stream, block: Block) -> None:
         """Say which block comes next. If its layer begins a stage, or one before it did, tokens are merged first."""

@@ -15,6 +15,7 @@ from numprune.calibration import Walker, consumer_weight
 from numprune.criteria import CRITERIA, BlockView, member_scores
 from numprune.criteria.dimap import importances
 from numprune.curves import Errors, error_curve
+from numprune.divided import Divided
 from numprune.experts.choice import Scoring, choose_experts, error_table, expert_scores
 from numprune.experts.inputs import Seen
 from numprune.inputs import Inputs, PrecomputedInputs, PropagatedInputs
@@ -207,8 +208,10 @@ def _sizes_to_keep(
     inputs = dense_inputs(walker, rows, known)
     if options.allocation == "global":
         scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
-        scores |= {block.name: _ranks(layer, block, inputs, options, gradients) for layer, block in blocks_of(layers)}
-        return global_sort(anatomy, ratio, allowed, scores), None, None
+        divided = Divided(layers.processes)
+        for layer, block in blocks_of(layers):
+            divided.add(block.name, _ranks(layer, block, inputs, options, gradients))
+        return global_sort(anatomy, ratio, allowed, scores | divided.results()), None, None
     assert gradients is not None
     fewest = {block.name: fewest_units(splits, block) for block in anatomy.blocks} if splits else least_units(allowed)
     errors = error_curves(layers, inputs, options, gradients, fewest)
@@ -298,33 +301,40 @@ def error_curves(
         fewest: block name -> smallest number of units that it keeps; smaller sizes are not priced.
     """
     errors = dict.fromkeys((block.name for block in layers.anatomy.blocks), torch.zeros(1, 1))
+    divided = Divided(layers.processes)
     for layer, block in blocks_of(layers):
         members = options.limits.takes(block, "members")
         sensitivity = gradients.output[block.name]
-        errors[block.name] = _errors(layer, block, inputs, sensitivity, fewest[block.name], members=members)
-    return errors
+        divided.add(block.name, _errors(layer, block, inputs, sensitivity, fewest[block.name], members=members))
+    return errors | divided.results()
 
 
 def _ranks(
     layer: nn.Module, block: Block, inputs: Inputs, options: PruneOptions, gradients: Sensitivity | None
-) -> Tensor:
-    """Return the scores of the dense model's block, (units,)."""
+) -> Callable[[], Tensor]:
+    """Return what computes the scores of the dense model's block, (units,)."""
     read = dense_reading(layer, block, inputs)
     if isinstance(read, Seen):
-        return expert_scores(layer, block, read, _scoring(block, options, gradients))
+        scores = expert_scores(layer, block, read, _scoring(block, options, gradients))
+        return lambda: scores
     weight = consumer_weight(layer, block).double()
-    return CRITERIA[options.criterion](_view(layer, block, weight, read, options, gradients))
+    view = _view(layer, block, weight, read, options, gradients)
+    return lambda: CRITERIA[options.criterion](view)
 
 
 def _errors(
     layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, fewest: int, *, members: bool
-) -> Tensor:
-    """Return the cost of each size with at least `fewest` units of the dense model's block, (units + 1, members)."""
+) -> Callable[[], Tensor]:
+    """Return what computes the cost of each size with at least `fewest` units of the dense model's block.
+
+    It returns (units + 1, members).
+    """
     read = dense_reading(layer, block, inputs)
     if isinstance(read, Seen):
-        return error_table(layer, block, read, sensitivity)
+        table = error_table(layer, block, read, sensitivity)
+        return lambda: table
     weight = consumer_weight(layer, block).double()
-    return error_curve(weight, read.gram, sensitivity, block.size, fewest=fewest, members=members)
+    return lambda: error_curve(weight, read.gram, sensitivity, block.size, fewest=fewest, members=members)
 
 
 def _scoring(block: Block, options: PruneOptions, gradients: Sensitivity | None) -> Scoring:

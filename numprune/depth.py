@@ -42,7 +42,7 @@ class Shallower:
         self._left = layers_left(layers.anatomy.layers, dropped)
         self.anatomy = layers.anatomy.without(dropped)
         self.config = pruned_config(layers.config, self.anatomy, dropped=dropped)
-        self.task, self.resident = layers.task, layers.resident
+        self.task, self.processes, self.resident = layers.task, layers.processes, layers.resident
         self.device, self.dtype = layers.device, layers.dtype
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
@@ -67,7 +67,7 @@ class Sparser:
         self._dropped = [block for block in layers.anatomy.blocks if block.name in dropped]
         self.anatomy = without_blocks(layers.anatomy, dropped)
         self.config = layers.config
-        self.task, self.resident = layers.task, layers.resident
+        self.task, self.processes, self.resident = layers.task, layers.processes, layers.resident
         self.device, self.dtype = layers.device, layers.dtype
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
@@ -214,7 +214,8 @@ def _greedy(
     rows = rows[:: max(1, len(rows) // _ROWS)][:_ROWS]
     predictions = len(rows) * layers.task.predictions_in(rows.shape[1])
     walker = Walker(layers, rows.shape[1:], batch_size)
-    parts = rows.split(batch_size if layers.resident else len(rows))
+    rows = rows[walker.share(len(rows))]
+    parts = rows.split(batch_size if layers.resident else len(rows)) if len(rows) else ()
     dense: list[Tensor] = []  # output of the dense model's last layer, by part
     dropped: list[tuple[Piece, float]] = []
     with Progress(count * anatomy.layers * len(parts), "drop", "layer") as bar:
@@ -228,6 +229,9 @@ def _greedy(
                     dense.append(full)
                 for name, total in _divergences(layers, part, dense[number], lacking).items():
                     divergence[name] += total
+            totals = torch.tensor([*divergence.values()], dtype=torch.float64)
+            layers.processes.add_up(totals)
+            divergence = dict(zip(divergence, totals.tolist(), strict=True))
             name = min(divergence, key=divergence.__getitem__)
             mean = float(f"{divergence[name] / predictions:.4g}")  # further digits depend on the machine
             dropped.append((candidates[name], mean))

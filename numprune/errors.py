@@ -29,6 +29,10 @@ class EnvironmentInvalid(NumpruneError):
     """The machine is in a state in which measurements are meaningless."""
 
 
+class ProcessError(NumpruneError):
+    """Another process of the same command ended before its work was done."""
+
+
 class DiskError(NumpruneError):
     """A file system that is full or read-only, denies access, or fails."""
 

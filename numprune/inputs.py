@@ -62,11 +62,15 @@ class PropagatedInputs:
     Args:
         gone: coordinates of the residual stream that the pruned model lacks: zero there, and in the targets. None: all
             are kept.
+
+    Attributes:
+        processes: that share the rows.
     """
 
     def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none", gone: Tensor | None = None) -> None:
-        self._walker = walker
-        self._dense = walker.embed(rows)
+        self._rows, share = len(rows), walker.share(len(rows))
+        self._walker, self.processes = walker, walker.layers.processes
+        self._dense = walker.embed(rows[share], share.start)
         self._pruned = walker.copy(self._dense, gone) if compensation in FROM_PRUNED_PREFIX else self._dense
         self._gone = gone
         self._residual = compensation in ("residual", "joint")
@@ -120,7 +124,9 @@ class PropagatedInputs:
                 norm((stream.hidden[batch] if block is None else stream.read(batch)).to(device))
                 for stream in (pruned, dense)
             )
-            split_rows(batch, ours[..., kept], theirs, moments, held_out)
+            split_rows(batch, ours[..., kept], theirs, moments, held_out, dense.first)
+        moments.add_up(self.processes)
+        held_out.add_up(self.processes)
         moments.absorb(held_out)
         moments.require_finite("residual stream")
         return fit_read_map(kept, size, moments, held_out if held_out.count else None, damping, centred=centred)
@@ -135,14 +141,17 @@ class PropagatedInputs:
             for batch, run in walker.run(layer, block, dense):
                 moments.add(run.inputs)
                 dense.write(batch, run.after)
+            moments.add_up(self.processes)
         else:
             held_out = Moments(block.channels, outputs, weight.device)
             room = self._consumer_room(block)
             both = zip(walker.run(own_layer, block, dense), walker.inputs(layer, block, pruned), strict=True)
             for (batch, own), (_, inputs) in both:
-                split_rows(batch, inputs, self._target(block, batch, own), moments, held_out)
+                split_rows(batch, inputs, self._target(block, batch, own), moments, held_out, dense.first)
                 room[batch] = inputs.to(room.device)
                 dense.write(batch, own.after)
+            moments.add_up(self.processes)
+            held_out.add_up(self.processes)
             moments.absorb(held_out)
             self.held_out = held_out if held_out.count else None
         moments.require_finite(f"{block.path}.{block.consumer}")
@@ -152,7 +161,8 @@ class PropagatedInputs:
         """Return statistics of the layer's experts. The streams stay in front of them until `pass_experts_on`."""
         dense, pruned = self._dense, self._pruned
         outputs, own_layer = self._room(), self._dense_layer(layer)
-        seen = Seen(Experts(layer, block), dense.hidden[..., 0].numel())
+        length = dense.hidden.shape[1]
+        seen = Seen(Experts(layer, block), self._rows * length, dense.first * length)
         for batch, own in self._walker.run(own_layer, block, dense):
             outputs[batch] = own.output
             if pruned is dense:
@@ -160,6 +170,7 @@ class PropagatedInputs:
         if pruned is not dense:
             for _, run in self._walker.run(layer, block, pruned):
                 seen.add(_routed(run))
+        seen.add_up(self.processes)
         for expert, moments in enumerate(seen.moments):
             moments.require_finite(f"{block.path}.{block.consumer}, expert {expert}")
         return seen
@@ -173,7 +184,7 @@ class PropagatedInputs:
             if self._residual:
                 target = target + self._missing(batch)
             target = self._kept(target)
-            held_out = _held_out_rows(batch)[:, None].expand(target.shape[:2])
+            held_out = _held_out_rows(batch, self._dense.first)[:, None].expand(target.shape[:2])
             device = run.output.device
             yield Batch(
                 list(experts.shares(_routed(run))), target.flatten(0, 1).to(device), held_out.flatten().to(device)
@@ -267,16 +278,21 @@ def _followed_by_norm(block: Block) -> bool:
     return block.norm_behind or bool(block.post_norms)
 
 
-def split_rows(batch: slice, inputs: Tensor, targets: Tensor, fitted: Moments, held_out: Moments) -> None:
-    """Add the inputs (n, S, D) and targets (n, S, out) of the rows `batch` to the moments of their split."""
-    held = _held_out_rows(batch).to(inputs.device)
+def split_rows(
+    batch: slice, inputs: Tensor, targets: Tensor, fitted: Moments, held_out: Moments, first: int = 0
+) -> None:
+    """Add the inputs (n, S, D) and targets (n, S, out) of the rows `batch` to the moments of their split.
+
+    `first`: number of rows before these that other processes have.
+    """
+    held = _held_out_rows(batch, first).to(inputs.device)
     fitted.add(inputs[~held], targets[~held])
     held_out.add(inputs[held], targets[held])
 
 
-def _held_out_rows(batch: slice) -> Tensor:
+def _held_out_rows(batch: slice, first: int) -> Tensor:
     """Which rows of the batch are held out, (n,) bool."""
-    return torch.arange(batch.start, batch.stop) % _HELD_OUT == _HELD_OUT - 1
+    return torch.arange(first + batch.start, first + batch.stop) % _HELD_OUT == _HELD_OUT - 1
 
 
 def _routed(run: BlockRun) -> Routed:

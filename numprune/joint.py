@@ -133,6 +133,8 @@ class _Fit:
     def __init__(self, walker: Walker, layer: nn.Module, block: Block, producer: "_Producer", pruned: Stream) -> None:
         self._walker, self._layer, self._block = walker, layer, block
         self._producer, self._pruned = producer, pruned
+        self._processes = walker.layers.processes
+        self._tokens = 0  # of all processes
         self._consumer = consumer_weight(layer, block)
         self._bias = consumer_of(layer, block).bias
         self.pulls = torch.zeros(block.channels, dtype=torch.float64, device=self._consumer.device)
@@ -148,6 +150,9 @@ class _Fit:
             h, back = self._back(self._pruned.read(batch), None, missing)
             inputs.add(h)
             total += back.T @ h
+        inputs.add_up(self._processes)
+        self._processes.add_up(self.pulls, total)
+        self._tokens = inputs.count
         self.pulls *= self._consumer.double().square().sum(0) / inputs.count
         return total / inputs.count, inputs
 
@@ -157,17 +162,21 @@ class _Fit:
         for batch in self._walker.batches(len(self._pruned)):
             h, back = self._back(self._pruned.read(batch), direction, None)
             total += back.T @ h
-        return total / self._pruned.hidden[..., 0].numel()
+        self._processes.add_up(total)
+        return total / self._tokens
 
     def curving(self, direction: Tensor) -> Tensor:
         """Return the curvature along the direction over some rows, see `_SEARCH`."""
-        step = min(_SEARCH, max(1, len(self._pruned) // _ENOUGH))
-        rows = self._pruned.read(slice(None))[::step]
+        length = self._pruned.hidden.shape[1]
+        every = self._tokens // length  # rows, those of other processes included
+        step = min(_SEARCH, max(1, every // _ENOUGH))
+        rows = self._pruned.read(slice(None))[-self._pruned.first % step :: step]
         total = direction.new_zeros(())
         for batch in self._walker.batches(len(rows)):
             _, _, x = self._through(rows[batch], direction)
             total += functional.linear(x, self._consumer).double().square().sum()
-        return total / rows[..., 0].numel()
+        self._processes.add_up(total)
+        return total / (-(-every // step) * length)
 
     def _back(self, hidden: Tensor, direction: Tensor | None, output: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return h (tokens, H), and at v = h V^T the gradient (tokens, rows) of output . y, by default of y . y / 2."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from numprune.anatomy import family_of, read_anatomy
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
+from numprune.processes import ALONE, Processes
 from numprune.tasks import CAUSAL, Task
 
 # Rows (n, …) and hidden states (n, S, H) that leave the last layer -> the task's output (numprune.tasks.Task.output).
@@ -70,12 +71,14 @@ class Layers(Protocol):
 
     Attributes:
         task: of the model.
+        processes: that share the rows, each with all layers.
         device: of the modules, and required of their inputs.
         dtype: of all computations.
         resident: all layers are in memory, so returning to one costs nothing.
     """
 
     task: Task
+    processes: Processes
     config: PreTrainedConfig
     anatomy: Anatomy
     device: torch.device
@@ -115,14 +118,14 @@ class ModelLayers:
 
     resident = True
 
-    def __init__(self, model: PreTrainedModel, task: Task = CAUSAL) -> None:
+    def __init__(self, model: PreTrainedModel, task: Task = CAUSAL, processes: Processes = ALONE) -> None:
         if getattr(model.config, "quantization_config", None):
             raise InputError("the model is quantized; prune the unquantized checkpoint and quantize the result")
         family = family_of(model.config)
         found, wanted = model.config._attn_implementation, family.attention_implementation
         if found != wanted:
             raise ValueError(f"layers of {family.name} need attn_implementation={wanted!r}, not {found!r}")
-        self.task = task
+        self.task, self.processes = task, processes
         self._model = model
         self.config: PreTrainedConfig = model.config
         self.anatomy = read_anatomy(model.config)

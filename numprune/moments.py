@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from numprune.errors import InputError
+from numprune.processes import Processes
 
 # Columns of the Gram matrix per strip, by kind of device: wide enough for the product to run at full speed, narrow
 # enough that little of the other half is computed. On a CPU, 128 to 512 performed about the same.
@@ -78,6 +79,16 @@ class Moments:
         self.count += part.count
         for name in _SUMS:
             getattr(self, f"_{name}").add_(getattr(part, f"_{name}"))
+
+    def add_up(self, processes: Processes) -> None:
+        """Add everything that the other processes have added to theirs. Raises ProcessError."""
+        strip = _STRIP[self.device.type]
+        for start in range(0, self.channels, strip):
+            stop = min(start + strip, self.channels)
+            processes.add_up(self._gram[start:stop, :stop])
+        count = torch.tensor(self.count)
+        processes.add_up(self._sum, self._cross, self._target_sum, count)
+        self.count = int(count)
 
     def without(self, part: "Moments") -> "Moments":
         """Return the moments without `part`, which must be a part of these."""

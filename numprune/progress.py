@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from numprune import launcher
 from numprune.counted import counted
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ class Progress:
             leave: keep the bar on the terminal after the loop.
             done: number done by an earlier process.
         """
-        self._bar: tqdm[Any] = tqdm(total=total, desc=title, unit=unit, leave=leave, initial=done, disable=None)
+        silent = True if launcher.index() else None  # the first process shows the progress; None: on a terminal only
+        self._bar: tqdm[Any] = tqdm(total=total, desc=title, unit=unit, leave=leave, initial=done, disable=silent)
         self._total, self._title, self._unit = total, title, unit
         self._done = self._before = done
         self._started = self._told = time.monotonic()

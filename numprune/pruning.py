@@ -40,6 +40,7 @@ from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, around_left, check_options, left_of, protected_layers
 from numprune.plans import BlockPlan, Calibration, DroppedBlock, DroppedLayer, HiddenPlan, Plan, PricedSplit
+from numprune.processes import ALONE, Processes, check_shareable
 from numprune.progress import progress
 from numprune.rotation import RotatedLayers
 from numprune.search.refine import check_searchable
@@ -71,6 +72,7 @@ def prune(
     known: Known | None = None,
     task: Task = CAUSAL,
     plan: Plan | None = None,
+    processes: Processes = ALONE,
 ) -> Pruned:
     """Return a pruned copy of `model`, which is not modified and shares uncut tensors with the result.
 
@@ -81,12 +83,14 @@ def prune(
         known: data already collected from the model on these rows.
         task: of the model.
         plan: as for `prune_layers`.
+        processes: that share the rows; all of them get the same result.
 
     Raises:
         InputError: unsupported architecture, invalid options, or rows that do not fit the model.
     """
-    layers = CopiedLayers(model, task)
+    layers = CopiedLayers(model, task, processes)
     check_options(layers.anatomy, options, planned=plan is not None)
+    check_shareable(options, len(rows), processes, planned=plan is not None)
     dropped = what_to_drop(layers, rows, options) if plan is None else plan.all_dropped
     narrowing = narrowing_of(layers, rows, options, plan)
     cut: dict[str, Tensor] = {}
@@ -325,6 +329,7 @@ def _rest(
         raise ValueError(f"the options say hidden_size {options.hidden_size}, and the narrowing is another")
     check_options(layers.anatomy, options, planned=planned)
     check_rows(layers.anatomy, rows)
+    check_shareable(options, len(rows), layers.processes, planned=planned)
     if options.refine != "none":
         check_searchable(len(rows), resident=layers.resident)
     asked = options

@@ -31,7 +31,7 @@ class RotatedLayers:
         self._layers = layers
         self._rotation = rotation.to(layers.device)
         self.anatomy, self.config = layers.anatomy.untied(), layers.config
-        self.task, self.resident = layers.task, layers.resident
+        self.task, self.processes, self.resident = layers.task, layers.processes, layers.resident
         self.device, self.dtype = layers.device, layers.dtype
         self._kept: dict[int, nn.Module] = {}  # rotated layers, if all are in memory anyway
 

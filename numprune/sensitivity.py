@@ -63,7 +63,10 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
     walker = Walker(layers, rows.shape[1:], batch_size)
     scores: dict[str, Tensor] = {}
-    chunks = rows.split(batch_size if layers.resident else len(rows))
+    share = walker.share(len(rows))
+    layers.task.skip(rows[: share.start], anatomy.hidden_size, draw)
+    mine = rows[share]
+    chunks = mine.split(batch_size if layers.resident else len(mine)) if len(mine) else ()
     with Progress(2 * anatomy.layers * len(chunks), "gradients", "layer") as bar:
         for number, part in enumerate(chunks):
             batches = list(walker.batches(len(part)))
@@ -80,8 +83,10 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
                     gradient = entered
                     if taylor and number == len(chunks) - 1:
                         for block in blocks:
+                            layers.processes.add_up(*gradients[block.name].values())
                             scores[block.name] = _taylor(layer, block, gradients.pop(block.name), losses)
                 bar.update()
+    layers.processes.add_up(*output.values())
     for block in reversed(anatomy.blocks):  # in the order found
         require_in_range(f"{block.path}.{block.consumer}", "gradients", output[block.name].div_(losses))
     return Sensitivity(output, scores)

@@ -7,6 +7,7 @@ need them, so `numprune --help` is fast.
 Exit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, 4 invalid environment, 130 interrupted.
 """
 
+import argparse
 import atexit
 import gc
 import json
@@ -19,7 +20,8 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import Any
 
-from numprune.errors import EnvironmentInvalid, NumpruneError
+from numprune import launcher
+from numprune.errors import EnvironmentInvalid, InputError, NumpruneError
 from numprune.export import disk
 from numprune.export.imports import leave_out_sklearn, leave_out_torch
 from numprune.flows import children, logs, machine
@@ -87,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         form = logs.chosen(None)
         args = parse(build(COMMANDS), words)
         form = logs.chosen(args.log_format)
+        _require_shareable(args)
         machine.require_stdout()
         machine.require_current_folder()
         machine.provide_home()
@@ -113,6 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _print_failure(f"{type(error).__name__}: {error}", 1)
             raise
         return _fail(form, str(refused), 1, in_json)
+
+
+def _require_shareable(args: argparse.Namespace) -> None:
+    """Raises InputError if several processes were started for a command that runs in one."""
+    if launcher.count() > 1 and not args.shareable:
+        raise InputError(
+            f"a launcher started {launcher.count()} processes, and only numprune prune and numprune recover share "
+            "their work among several; start this command without torchrun or accelerate launch"
+        )
 
 
 def _fail(form: logs.Format, message: str, code: int, in_json: bool) -> int:

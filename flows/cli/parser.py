@@ -125,10 +125,12 @@ def command(
     example: str,
     *,
     needs_torch: bool = True,
+    shareable: bool = False,
 ) -> Parser:
     """Add one command with its example and `--json`; `run` receives the arguments.
 
-    `needs_torch`: False where it must also run in a process in which torch cannot be imported.
+    `needs_torch`: False where it must also run in a process in which torch cannot be imported. `shareable`: several
+    processes of torchrun can do it together.
     """
     parser = _add(commands, name, help_text, example)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, even on failure")
@@ -138,7 +140,7 @@ def command(
         help=f"format of log lines on stderr; one of {', '.join(logs.FORMATS)} (default: ${logs.VARIABLE}, or human)",
         metavar="FORMAT",
     )
-    parser.set_defaults(run=run, needs_torch=needs_torch)
+    parser.set_defaults(run=run, needs_torch=needs_torch, shareable=shareable)
     return parser
 
 

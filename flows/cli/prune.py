@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numprune.flows.steps.results import PrunedCheckpoint
     from numprune.options import PruneOptions
     from numprune.plans import Plan
+    from numprune.processes import Processes
     from numprune.serving.report import LatencyBudget
 
 # Defaults of `prune` without an option or a plan.
@@ -51,6 +52,7 @@ def add(commands: Subcommands) -> None:
         prune,
         "prune a model and write the result as a checkpoint",
         "numprune prune ./my-model ./pruned --ratio 0.3 --text train.txt",
+        shareable=True,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument(
@@ -166,7 +168,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="keep only one layer in memory, for models larger than memory (default: the whole model)",
+        help="keep only a layer and the next one in memory, for models larger than memory (default: the whole model)",
     )
 
 
@@ -236,6 +238,7 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.timed_prune import prune_within_time
     from numprune.options import LEARNED, check_options
     from numprune.planned import check_plan
+    from numprune.processes import check_shareable, join
 
     started = time.perf_counter()
     _check_arguments(args)
@@ -254,18 +257,24 @@ def prune(args: argparse.Namespace) -> Answer:
     length = row_length(length, anatomy)
     tokenizer, how = checkpoint.text_tokenizer(base), reading(args, args.text)
     rows, draw = calibration_rows(args.text, tokenizer, samples, length, options.seed, how, task=load_task(base))
-    device = device_of("auto")
+    processes = join(device_of("auto"))
+    device = processes.device
+    check_shareable(options, len(rows), processes, planned=plan is not None)
     if args.plan_only:
         scratch = args.out.parent if args.out else Path.cwd()
-        planned = plan_checkpoint(base, rows, options, scratch, device, draw=draw, stream=args.stream)
-        return _planned(base, planned, args.out, started)
+        planned = plan_checkpoint(
+            base, rows, options, scratch, device, draw=draw, stream=args.stream, processes=processes
+        )
+        return _planned(base, planned, args.out, started, processes)
     made: PrunedCheckpoint
     latency: LatencyBudget | None = None
     if options.time_budget is not None and plan is None:
         timed = prune_within_time(base, rows, options, args.out, device, draw=draw, stream=args.stream)
         made, latency = timed, timed.latency
     else:
-        made = prune_checkpoint(base, rows, options, args.out, device, draw=draw, stream=args.stream, plan=plan)
+        made = prune_checkpoint(
+            base, rows, options, args.out, device, draw=draw, stream=args.stream, plan=plan, processes=processes
+        )
     peak = peak_memory_bytes()
     data = {
         "out": str(args.out),
@@ -309,7 +318,7 @@ def prune(args: argparse.Namespace) -> Answer:
     if made.schemes:
         quantizing = f"numprune quantize {args.out} QUANTIZED --scheme mixed --dense {base} --text FILE"
         text += f"\nits plan quantizes {len(made.schemes)} of {len(made.kept_units)} blocks: {quantizing}"
-    return Answer(data, text)
+    return Answer(data, text, quiet=not processes.is_main)
 
 
 def _latency_lines(found: "LatencyBudget") -> list[str]:
@@ -416,7 +425,7 @@ def options_of_arguments(given: Mapping[str, Any]) -> "PruneOptions":
     return PruneOptions(**chosen, **shape, target=target, floors=floors)
 
 
-def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answer:
+def _planned(base: Path, plan: "Plan", out: Path | None, started: float, processes: "Processes") -> Answer:
     """The result of `--plan-only`; writes `out`."""
     from numprune.anatomy import read_anatomy
     from numprune.budget import budget_of
@@ -430,7 +439,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         after = narrowed(after, len(plan.hidden.kept), plan.hidden.basis)
     budgets = [dataclasses.asdict(budget_of(anatomy)) for anatomy in (before, after)]
     removed = 1 - budgets[1]["prunable_parameters"] / budgets[0]["prunable_parameters"]
-    if out is not None:
+    if out is not None and processes.is_main:
         plan.write(out)
     data = {
         "out": str(out) if out else None,
@@ -465,7 +474,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
     lines += [f"  {'sizes priced at':<36} {plan.price}"] if plan.price else []
     lines += [f"  {plan.refinement}"] if plan.refinement else []
     lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []
-    return Answer(data, "\n".join(lines))
+    return Answer(data, "\n".join(lines), quiet=not processes.is_main)
 
 
 def dropped_lines(plan: "Plan", unit: str) -> list[str]:

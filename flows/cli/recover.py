@@ -49,6 +49,7 @@ def add(commands: Subcommands) -> None:
         recover,
         "train a pruned checkpoint towards the predictions of the dense model",
         "numprune recover ./pruned ./recovered --dense ./my-model --text train.txt --heldout heldout.txt --tokens 1e6",
+        shareable=True,
     )
     add_checkpoint_and_out(parser)
     parser.add_argument("--dense", required=True, metavar="MODEL", help="the model that CHECKPOINT was pruned from")

@@ -24,7 +24,7 @@ _TOKENS = 512  # of a row; attention has as many weights as the square
 def probe(base: Path, rows: Tensor, device: torch.device, *, stream: bool, scratch: Path) -> AttentionProbe:
     """Run the model in `base` on a few of the rows.
 
-    `stream`: one layer in memory at a time, with hidden states in `scratch`.
+    `stream`: a layer and the next one in memory, with hidden states in `scratch`.
     """
     few = rows[:_ROWS, :_TOKENS] if rows.dim() == 2 else rows[:_ROWS]  # images are whole
     layers = layers_of(base, device, stream=stream, scratch=scratch)

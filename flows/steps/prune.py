@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.byte_budget import LEVELS, ByteBudget, ValueBytes
 from numprune.cache_budget import KvBudget
+from numprune.corpus import rows_digest
 from numprune.dtypes import name_of
 from numprune.errors import InputError, IntegrityError
 from numprune.export import card, compressed_tensors, manifest
@@ -42,6 +43,7 @@ from numprune.options import PruneOptions, check_options
 from numprune.options import options_of as options_of_plan
 from numprune.planned import check_plan
 from numprune.plans import PLAN_FILE, Draw, DroppedLayer, HiddenPlan, Plan, read_plan
+from numprune.processes import ALONE, Processes, check_shareable
 from numprune.quantization.allocation import Form, block_bytes
 from numprune.renumber import renumber_tensors
 from numprune.search.refine import check_searchable
@@ -118,33 +120,42 @@ def prune_checkpoint(
     stream: bool = False,
     plan: Plan | None = None,
     origin: Path | None = None,
+    processes: Processes = ALONE,
 ) -> PrunedCheckpoint:
     """Write the pruned `base` to the new folder `out`, in the base's precision, with its plan; return the figures.
 
-    `draw`: the source of the rows, for the plan. `stream`: only one layer is in memory at a time, with hidden states in
-    files on `out`'s disk; the result is the same. `plan`: the plan to follow, with its own `options`.
+    `draw`: the source of the rows, for the plan. `stream`: only a layer and the next one are in memory, with hidden
+    states in files on `out`'s disk; the result is the same. `plan`: the plan to follow, with its own `options`.
     `origin`: the model that `base` was trained from, for the model card; None: `base` is the user's own.
+    `processes`: that share the rows; all call this, one writes, and all get the figures.
 
-    Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError.
+    Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError, ProcessError.
     """
     compressed_tensors.refuse_quantized(base, "pruning")
     anatomy, digest, shape = read_anatomy(read_config(base)), manifest.folder_digest(base), None
     if plan is None:
-        _check(anatomy, rows, options, stream=stream)
+        _check(anatomy, rows, options, processes, stream=stream)
         options, shape = _with_one_shape(base, rows, options, device)
     else:
         check_applies(plan, anatomy, base, digest)
+        check_shareable(options, len(rows), processes, planned=True)
     if problem := other_reading(base):
         logger.warning("%s", problem)
     coordinates = [*range(options.hidden_size or 0)]  # which ones is not among the facts
     hidden = HiddenPlan(size=anatomy.hidden_size, kept=coordinates, basis=options.basis) if coordinates else None
     described = pruning.describe(anatomy, rows, options, {}, hidden=hidden).drawn(draw, digest)
-    make = _prune_streamed if stream else _prune_in_memory
-    with _checkpoint(out, digest, described) as folder:
-        made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
-        made = made.model_copy(update={"shape": plan.shape if plan else shape})
-        describe(folder, origin or base, made)
-        check_budget(made, folder)
+    processes.require_same("models, texts and options", f"{described.model_dump_json()} {options} {plan} {stream}")
+    with _checkpoint(out, digest, described) if processes.is_main else nullcontext() as folder:
+        if stream:
+            made = _prune_streamed(base, rows, options, folder, folder or out.parent, device, plan, processes)
+        else:
+            made = _prune_in_memory(base, rows, options, folder, device, plan, processes)
+        made = made.drawn(draw, digest).model_copy(update={"shape": plan.shape if plan else shape})
+        processes.require_same("plans", made.model_dump_json())
+        if folder is not None:
+            describe(folder, origin or base, made)
+            check_budget(made, folder)
+    processes.wait()
     # From the files, not from the float32 model in memory: the size of the cache depends on the data type.
     before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))
     return PrunedCheckpoint(
@@ -166,8 +177,9 @@ def prune_checkpoint(
     )
 
 
-def _check(anatomy: Anatomy, rows: Tensor, options: PruneOptions, *, stream: bool) -> None:
+def _check(anatomy: Anatomy, rows: Tensor, options: PruneOptions, processes: Processes, *, stream: bool) -> None:
     check_options(anatomy, options)
+    check_shareable(options, len(rows), processes)
     if options.refine != "none":
         check_searchable(len(rows), resident=not stream)
     if options.shapes:
@@ -257,21 +269,42 @@ def _kept_units(plan: Plan) -> dict[str, list[int]]:
 
 
 def _prune_in_memory(
-    base: Path, rows: Tensor, options: PruneOptions, folder: Path, device: torch.device, plan: Plan | None
+    base: Path,
+    rows: Tensor,
+    options: PruneOptions,
+    folder: Path | None,
+    device: torch.device,
+    plan: Plan | None,
+    processes: Processes,
 ) -> Plan:
-    pruned = pruning.prune(load_model(base).to(device), rows, options, task=load_task(base), plan=plan)
-    save(pruned.model, base, folder, dropped=pruned.plan.dropped_layers())
+    """Prune, and write the result to `folder`, if this process has one."""
+    model = load_model(base).to(device)
+    pruned = pruning.prune(model, rows, options, task=load_task(base), plan=plan, processes=processes)
+    if folder is not None:
+        save(pruned.model, base, folder, dropped=pruned.plan.dropped_layers())
     return pruned.plan
 
 
 def _prune_streamed(
-    base: Path, rows: Tensor, options: PruneOptions, folder: Path, device: torch.device, plan: Plan | None
+    base: Path,
+    rows: Tensor,
+    options: PruneOptions,
+    folder: Path | None,
+    scratch: Path,
+    device: torch.device,
+    plan: Plan | None,
+    processes: Processes,
 ) -> Plan:
-    layers = CheckpointLayers(base, scratch=folder, device=device)
+    """Prune layer by layer, likewise; `scratch`: a folder with space for hidden states."""
+    layers = CheckpointLayers(base, scratch=scratch, device=device, processes=processes)
     check_vocabulary(base, text_tokenizer(base), layers.config)
     dropped = pruning.what_to_drop(layers, rows, options) if plan is None else plan.all_dropped
     gone = [drop.layer for drop in dropped if isinstance(drop, DroppedLayer)]
     narrowing = pruning.narrowing_of(layers, rows, options, plan)
+    if folder is None:
+        return pruning.prune_layers(
+            layers, rows, options, lambda _: None, dropped=dropped, plan=plan, narrowing=narrowing
+        )
     dtypes = dtypes_of(layers.stored, tensor_table(layers.config).tied)
     with writing(folder, renumber_tensors(dtypes, layers.anatomy.layers_path, gone)) as writer:
         made = pruning.prune_layers(
@@ -297,23 +330,28 @@ def plan_checkpoint(
     *,
     draw: Draw | None = None,
     stream: bool = False,
+    processes: Processes = ALONE,
 ) -> Plan:
     """Return the plan by which `base` would be pruned, leaving nothing on disk.
 
     `scratch`: a folder with space for the hidden states of `stream`; the other arguments are `prune_checkpoint`'s.
 
-    Raises InputError, IntegrityError.
+    Raises InputError, IntegrityError, ProcessError.
     """
     compressed_tensors.refuse_quantized(base, "pruning")
-    _check(read_anatomy(read_config(base)), rows, options, stream=stream)
+    _check(read_anatomy(read_config(base)), rows, options, processes, stream=stream)
+    digest = manifest.folder_digest(base)
+    processes.require_same("models, texts and options", f"{digest} {rows_digest(rows)} {options} {stream}")
     options, shape = _with_one_shape(base, rows, options, device)
     layers: Layers
     if stream:
-        layers = CheckpointLayers(base, scratch=scratch, device=device)
+        layers = CheckpointLayers(base, scratch=scratch, device=device, processes=processes)
         check_vocabulary(base, text_tokenizer(base), layers.config)
     else:
-        layers = ModelLayers(load_model(base).to(device), load_task(base))
+        layers = ModelLayers(load_model(base).to(device), load_task(base), processes)
     dropped = pruning.what_to_drop(layers, rows, options)
     narrowing = pruning.narrowing_of(layers, rows, options)
     plan = pruning.plan_layers(layers, rows, options, dropped=dropped, narrowing=narrowing)
-    return plan.model_copy(update={"shape": shape}).drawn(draw, manifest.folder_digest(base))
+    plan = plan.model_copy(update={"shape": shape}).drawn(draw, digest)
+    processes.require_same("plans", plan.model_dump_json())
+    return plan

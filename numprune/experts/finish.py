@@ -25,7 +25,13 @@ def finish_experts(
     small, rest = narrowed(layer, block, left), block.resized(left.size)
     if damping is not None:
         weights = Experts(small, rest).weights
-        fitted = refit_experts(weights, lambda: inputs.to_fit(small, rest), damping, choose=inputs.from_pruned_prefix)
+        fitted = refit_experts(
+            weights,
+            lambda: inputs.to_fit(small, rest),
+            damping,
+            choose=inputs.from_pruned_prefix,
+            processes=inputs.processes,
+        )
         damping = fitted.damping
         Experts(layer, block).put(left, fitted.weights)
         small = narrowed(layer, block, left)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from numprune.blocks import Block
 from numprune.moments import Moments
+from numprune.processes import Processes
 from numprune.slices import Kept
 
 _SAMPLE = 1024  # tokens for comparing experts: every expert is run on each of them
@@ -107,14 +108,20 @@ class Seen:
         weight: (E,) float64, the sums of the routing weights.
     """
 
-    def __init__(self, experts: Experts, tokens: int) -> None:
+    def __init__(self, experts: Experts, tokens: int, first: int = 0) -> None:
+        """
+        Args:
+            tokens: number of tokens that all processes will add.
+            first: number of tokens before those that this process adds.
+        """
         count, _, channels = experts.down.shape
         device = experts.down.device
         self._experts = experts
         self.moments = [Moments(channels, device=device) for _ in range(count)]
         self.weight = torch.zeros(count, dtype=torch.float64, device=device)
         self._stride = max(1, tokens // _SAMPLE)
-        self._tokens = 0
+        self._every, self._first = tokens, first
+        self._tokens = first
         self._hidden: list[Tensor] = []
 
     def add(self, routed: Routed) -> None:
@@ -130,6 +137,18 @@ class Seen:
             self.moments[expert].add_zeros(tokens)
         self._hidden.append(routed.hidden[-self._tokens % self._stride :: self._stride].clone())
         self._tokens += here
+
+    def add_up(self, processes: Processes) -> None:
+        """Add everything that the other processes have added to theirs. Raises ProcessError."""
+        if processes.count == 1:
+            return
+        for moments in self.moments:
+            moments.add_up(processes)
+        own, start = self.sample, -(-self._first // self._stride)
+        sample = own.new_zeros(-(-self._every // self._stride), own.shape[1])
+        sample[start : start + len(own)] = own
+        processes.add_up(self.weight, sample)
+        self._hidden = [sample]
 
     @property
     def sample(self) -> Tensor:

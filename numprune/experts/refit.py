@@ -20,6 +20,7 @@ from torch import Tensor
 
 from numprune.experts.inputs import Share
 from numprune.linalg import cholesky, damped
+from numprune.processes import ALONE, Processes
 
 STEPS = 6
 _GAMMAS = 5
@@ -51,7 +52,9 @@ class Fitted:
 Batches = Callable[[], Iterator[Batch]]
 
 
-def refit_experts(weights: Tensor, batches: Batches, damping: float, *, choose: bool = False) -> Fitted:
+def refit_experts(
+    weights: Tensor, batches: Batches, damping: float, *, choose: bool = False, processes: Processes = ALONE
+) -> Fitted:
     """Return the down projections, biases as their last column, that best reproduce the targets.
 
     Memory holds at most eight tensors of the size of `weights`, and three float64 Gram matrices of every expert.
@@ -61,16 +64,17 @@ def refit_experts(weights: Tensor, batches: Batches, damping: float, *, choose: 
         batches: yields all tokens, the same each time.
         damping: gamma; the smallest one to try if it is chosen.
         choose: choose gamma by the held-out tokens.
+        processes: that share the tokens.
     """
-    fitted, held = (_Sums.of(weights, batches, held_out) for held_out in (False, True))
+    fitted, held = (_Sums.of(weights, batches, held_out, processes) for held_out in (False, True))
     gamma, least = damping, float("inf")
     for candidate in (damping * 10.0**power for power in range(_GAMMAS)) if choose else ():
-        change = _conjugate_gradients(fitted, candidate, lambda: _fitted_only(batches))
-        error = _held_out_error(change, held, batches)
+        change = _conjugate_gradients(fitted, candidate, lambda: _fitted_only(batches), processes)
+        error = _held_out_error(change, held, batches, processes)
         if error >= least:
             break
         gamma, least = candidate, error
-    return Fitted(weights + _conjugate_gradients(fitted.with_others(held), gamma, batches), gamma)
+    return Fitted(weights + _conjugate_gradients(fitted.with_others(held), gamma, batches, processes), gamma)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class _Sums:
     missing: Tensor
 
     @classmethod
-    def of(cls, weights: Tensor, batches: Batches, held_out: bool) -> "_Sums":
+    def of(cls, weights: Tensor, batches: Batches, held_out: bool, processes: Processes) -> "_Sums":
         """Return the sums of the held-out tokens, or of the others."""
         experts, _, inputs = weights.shape
         gram = weights.new_zeros(experts, inputs, inputs, dtype=torch.float64)
@@ -96,6 +100,7 @@ class _Sums:
             for share in _some(batch, batch.held_out == held_out).shares:
                 gram[share.expert] += share.inputs.T @ share.inputs
                 missing[share.expert] += residual[share.tokens].T @ share.inputs
+        processes.add_up(gram, missing)
         return cls(gram, missing)
 
     def with_others(self, others: "_Sums") -> "_Sums":
@@ -115,7 +120,7 @@ class _Preconditioner:
         return torch.cholesky_solve(gradient.mT.double(), self._factors).mT.to(gradient)
 
 
-def _conjugate_gradients(sums: _Sums, damping: float, batches: Batches) -> Tensor:
+def _conjugate_gradients(sums: _Sums, damping: float, batches: Batches, processes: Processes) -> Tensor:
     """Return the change of the weights (E, H, D) after a few steps."""
     preconditioner, residual = _Preconditioner(sums.gram, damping), sums.missing.clone()
     change = torch.zeros_like(residual)
@@ -124,11 +129,13 @@ def _conjugate_gradients(sums: _Sums, damping: float, batches: Batches) -> Tenso
     for _ in range(STEPS):
         if not fit > 0:  # nothing left to gain
             break
-        product = preconditioner.ridge.to(direction) * direction
+        product = torch.zeros_like(direction)
         for batch in batches():
             output = _output(direction, batch)
             for share in batch.shares:
                 product[share.expert] += output[share.tokens].T @ share.inputs
+        processes.add_up(product)
+        product += preconditioner.ridge.to(direction) * direction
         curving = _dot(direction, product)
         if not curving > 0:  # no more than rounding
             break
@@ -141,10 +148,13 @@ def _conjugate_gradients(sums: _Sums, damping: float, batches: Batches) -> Tenso
     return change
 
 
-def _held_out_error(change: Tensor, held_out: _Sums, batches: Batches) -> float:
+def _held_out_error(change: Tensor, held_out: _Sums, batches: Batches, processes: Processes) -> float:
     """Return by how much a change of the weights changes the squared error of the held-out tokens."""
-    squares = sum(float(_output(change, batch)[batch.held_out].double().square().sum()) for batch in batches())
-    return squares - 2 * _dot(change, held_out.missing)
+    squares = held_out.gram.new_zeros(())
+    for batch in batches():
+        squares += _output(change, batch)[batch.held_out].double().square().sum()
+    processes.add_up(squares)
+    return float(squares) - 2 * _dot(change, held_out.missing)
 
 
 def _output(weights: Tensor, batch: Batch) -> Tensor:

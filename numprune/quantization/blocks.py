@@ -55,6 +55,7 @@ class BlockFit:
         for _ in self.walker.run(layer, writers.block, self.stream):
             pass
         hook.remove()
+        moments.add_up(self.walker.layers.processes)
         moments.require_finite(f"{writers.block.path}.{writers.paths[0]}")
         # Rows are rounded independently of each other, so all matrices share one factor of the Hessian.
         weight = torch.cat([linear.weight.double() for linear in linears])
@@ -75,8 +76,9 @@ class BlockFit:
         bias = None if linear.bias is None else linear.bias.double()
         moments, held_out = (Moments(reader.inputs, linear.out_features, weight.device) for _ in range(2))
         for batch, run in self.walker.run(layer, reader.block, self.stream):
-            split_rows(batch, run.inputs, self.aims[batch].to(weight.device), moments, held_out)
+            split_rows(batch, run.inputs, self.aims[batch].to(weight.device), moments, held_out, self.stream.first)
         for part in (moments, held_out):
+            part.add_up(self.walker.layers.processes)
             if part.count:
                 part.require_finite(f"{reader.block.path}.{path}")
         damping = PruneOptions.damping

@@ -28,21 +28,24 @@ def rounding_prices(walker: Walker, rows: Tensor, output: Mapping[str, Tensor], 
         output: S of every block.
         schemes: accepted by `check_quantizable`.
     """
-    layers, stream = walker.layers, walker.embed(rows)
+    layers, share = walker.layers, walker.share(len(rows))
+    stream = walker.embed(rows[share], share.start)
     aims = layers.allocate(*stream.hidden.shape)
     fit = BlockFit(walker, stream, aims, torch.float32)
-    prices = {block.name: dict.fromkeys(schemes, 0.0) for block in layers.anatomy.blocks}
+    blocks = [block.name for block in layers.anatomy.blocks]
+    prices = {name: torch.zeros(len(schemes), dtype=torch.float64) for name in blocks}
     for index in progress(range(layers.anatomy.layers), "price bits", "layer"):
         with layers.layer(index) as layer:
             for block in (block for block in layers.anatomy.of_layer(index) if block.units):
                 for batch, run in walker.run(layer, block, stream):
                     aims[batch] = run.output.to(aims.device)
-                for scheme in schemes:
+                for number, scheme in enumerate(schemes):
                     rounded = copy.deepcopy(layer)
                     fit.quantize(rounded, block, scheme)
                     for batch, run in walker.run(rounded, block, stream):
                         error = (run.output - aims[batch].to(run.output.device)).flatten(0, -2).float()
                         priced = error @ output[block.name].to(error)
-                        prices[block.name][scheme] += float((priced * error).double().sum()) / 2 / rows.numel()
+                        prices[block.name][number] += float((priced * error).double().sum()) / 2 / rows.numel()
                 walker.advance(layer, block, stream)
-    return prices
+    layers.processes.add_up(*prices.values())
+    return {name: dict(zip(schemes, found.tolist(), strict=True)) for name, found in prices.items()}

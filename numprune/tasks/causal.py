@@ -84,5 +84,8 @@ class Causal:
         logits, targets = output[:, :-1].float(), rows[:, 1:].to(output.device)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
+    def skip(self, rows: Tensor, hidden_size: int, draw: torch.Generator) -> None:
+        """Nothing is drawn."""
+
 
 CAUSAL = Causal()

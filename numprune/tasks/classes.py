@@ -69,6 +69,9 @@ class ClassTask(Task, Protocol):
         labels = language.draw_labels(output.float().log_softmax(-1), draw)
         return nn.functional.cross_entropy(output.float(), labels, reduction="sum")
 
+    def skip(self, rows: Tensor, hidden_size: int, draw: torch.Generator) -> None:
+        language.skip_labels(len(rows), draw)
+
 
 def label_of(classes: Mapping[str, int], name: str, label: object) -> int:
     """Return the index of the class that the input `name` is labelled with, by name or index. Raises InputError."""

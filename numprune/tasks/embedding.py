@@ -110,6 +110,10 @@ class Embedding:
         direction = torch.randn(output.shape, generator=draw).to(output.device)
         return (torch.nn.functional.normalize(output.float(), dim=-1) * direction).sum()
 
+    def skip(self, rows: Tensor, hidden_size: int, draw: torch.Generator) -> None:
+        for _ in rows:
+            torch.randn(1, hidden_size, generator=draw)
+
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """Return the embeddings (n, H) of token states (n, S, H); `mask` (n, S) marks tokens."""

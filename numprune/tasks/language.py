@@ -125,6 +125,11 @@ def draw_labels(log_probabilities: Tensor, draw: torch.Generator) -> Tensor:
     return drawn.clamp_max(log_probabilities.shape[-1] - 1)  # the cumulative sum may end just below 1
 
 
+def skip_labels(count: int, draw: torch.Generator) -> None:
+    """Leave out the next `count` labels that `draw_labels` would draw."""
+    torch.rand(count, 1, generator=draw)
+
+
 def drawn_nll(logits: Tensor, draw: torch.Generator) -> Tensor:
     """Return the summed NLL of labels drawn by logits (…, V): E[g g^T] of its gradient is the Fisher matrix."""
     flat = logits.flatten(0, -2).float()

@@ -125,6 +125,9 @@ class Masked:
         """The NLL of tokens drawn from the model's own distributions at the masks: E[g g^T] is its Fisher matrix."""
         return language.drawn_nll(output[rows == self.mask_token], draw)
 
+    def skip(self, rows: Tensor, hidden_size: int, draw: torch.Generator) -> None:
+        language.skip_labels(int((rows == self.mask_token).sum()), draw)
+
 
 def masked_lm(tokenizer: PreTrainedTokenizerBase) -> Masked:
     """Return the task of a masked language model with this tokenizer. Raises InputError if it has no mask token."""

@@ -180,6 +180,9 @@ class Task(Protocol):
             draw: on the CPU, for drawing labels.
         """
 
+    def skip(self, rows: Tensor, hidden_size: int, draw: torch.Generator) -> None:
+        """Draw what `loss` would draw for these rows, one by one; `hidden_size`: of the model."""
+
 
 class TextTask(Task, Protocol):
     """A task of a model that reads text."""

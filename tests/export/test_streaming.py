@@ -1,6 +1,7 @@
 """A checkpoint read layer by layer equals the one loaded whole, and a damaged one is refused."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,22 @@ def test_rotary_frequencies_stored_by_older_versions_are_not_layer_weights(tiny_
     with layers.layer(0) as layer:
         assert "self_attn.rotary_emb.inv_freq" not in layer.state_dict()
     assert not any("inv_freq" in name for name in layers.stored)
+
+
+def test_a_damaged_layer_is_an_error_where_it_is_used(tiny_checkpoint, tmp_path) -> None:
+    folder = tiny_checkpoint(num_hidden_layers=3)
+    layers = CheckpointLayers(folder, scratch=tmp_path)
+    last = next(name for name in layers.stored if name.startswith("model.layers.2."))
+    os.truncate(folder / headers.SINGLE, layers.stored[last].offset)
+    for index in range(2):
+        with layers.layer(index):
+            pass
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: ends in the middle of a tensor"), layers.layer(2):
+        pass
+
+
+def test_an_interrupted_walk_reads_nothing_further(tiny_checkpoint, tmp_path) -> None:
+    layers = CheckpointLayers(tiny_checkpoint(num_hidden_layers=3), scratch=tmp_path)
+    with pytest.raises(KeyboardInterrupt), layers.layer(0):
+        raise KeyboardInterrupt
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read layer")]

@@ -49,6 +49,13 @@ def test_plan_writes_nothing_and_matches_dry_run(numprune: Command, tiny: Path, 
     assert "to be computed" in told
 
 
+def test_streaming_needs_memory_for_a_layer_and_the_next_one(tiny: Path, tmp_path: Path) -> None:
+    found = forecast.forecast(recipe.load(tiny / "recipe.toml", ["prune.stream=true"]), tmp_path / "w")
+    anatomy = read_anatomy(checkpoint.read_config(tiny / "base"))
+    layer = (budget_of(anatomy).parameters - anatomy.fixed_parameters) // anatomy.layers
+    assert found["memory"]["weights_float32"] == 4 * (anatomy.fixed_parameters + 2 * layer)
+
+
 def test_finished_stages_would_be_reused_unless_the_recipe_changes(tiny: Path, tmp_path: Path) -> None:
     run = checks.prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
     run.make(chain.sample_calibration(run))
