@@ -13,11 +13,14 @@ from numprune.flows.bundle import CHECKPOINT, folder_name
 from numprune.flows.evaluation import (
     answer_tasks,
     benchmark,
+    compare_images,
     compute_answers,
     evaluate,
     export,
     prove,
+    read_real_images,
     report_on,
+    sample_images,
     score_baseline,
 )
 from numprune.flows.names import LEARNED, LEARNED_LIMITS, LEARNED_MODEL, export_of, runtime_of
@@ -78,6 +81,8 @@ def judge(run: Run, make: Make) -> Judged:
     calibration = make(sample_calibration(run))
     first, *further = run.heldout
     heldout = {name: make(read_heldout(run, name)) for name in run.heldout}
+    # First of all, because it finds out whether the images fit.
+    real = make(read_real_images(run)).artifact if run.fid_network else None
     masks = run.recipe.learn.method != "none"
     learning_rows = make(sample_learning(run, heldout.values())) if masks else None
     trains = run.recipe.recover.method != "none"
@@ -129,8 +134,10 @@ def judge(run: Run, make: Make) -> Judged:
         name: make(evaluate(run, name, candidate, before, training, heldout[name], scores[name]))
         for name in run.heldout
     }
-    sides = {"baseline": run.base, "candidate": candidate} if run.tasks else {}
-    given = {side: make(answer_tasks(run, model, side)).artifact for side, model in sides.items()}
+    sides = {"baseline": run.base, "candidate": candidate}
+    given = {side: make(answer_tasks(run, model, side)).artifact for side, model in sides.items() if run.tasks}
+    drawn = {side: make(sample_images(run, model, side)).artifact for side, model in sides.items() if run.fid_network}
+    compared = make(compare_images(run, real, **drawn)) if real else None
     timed: dict[str, Callable[[int], Stage[Timings]]] = {
         runtime: partial(benchmark, run, runtime, exports.get(name, candidate), baselines.get(name, run.base))
         for runtime in run.recipe.benchmark.runtimes
@@ -155,6 +162,8 @@ def judge(run: Run, make: Make) -> Judged:
         **({"recovered": recovered.facts.digest} if recovered else {}),
         **({"tasks": run.tasks.digest} if run.tasks else {}),
         **({"decoder": run.decoder.digest} if run.decoder else {}),
+        **({"fid_network": run.fid_network.digest} if run.fid_network else {}),
+        **({"fid_images": run.fid_images.digest} if run.fid_images else {}),
         "exports": {name: made.digest for name, made in exports.items()},
     }
     report = partial(
@@ -171,6 +180,7 @@ def judge(run: Run, make: Make) -> Judged:
         quantized,
         parity,
         quality,
+        compared,
         given,
     )
     judged = make(report(looks))

@@ -1,12 +1,13 @@
 """The stages of a recipe that export and evaluate: baseline, exports, parity, quality, tasks, benchmarks, report."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from numprune.flows.names import RUNTIME_OF_EXPORT
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Stage, StageResult
-from numprune.flows.steps import bodies
+from numprune.flows.steps import bodies, fid_bodies
 from numprune.flows.steps.results import (
     Answers,
     AttentionProbe,
@@ -14,6 +15,8 @@ from numprune.flows.steps.results import (
     Exported,
     GeneratedText,
     HeldoutRows,
+    ImageFeatures,
+    ImageMetrics,
     Judgement,
     LearnedMasks,
     Parity,
@@ -123,6 +126,51 @@ def evaluate(
     return stage.labelled(f"quality {corpus}".rstrip()).on_gpu()
 
 
+def read_real_images(run: Run) -> Stage[ImageFeatures]:
+    assert run.fid_network is not None
+    assert run.fid_images is not None
+    return Stage.of(
+        "real-features",
+        "export",
+        fid_bodies.make_real_features,
+        model=run.base,
+        images=run.fid_images,
+        decoder=run.decoder,
+        network=run.fid_network,
+        device=run.device,
+    ).on_gpu()
+
+
+def sample_images(run: Run, model: Artifact, side: str) -> Stage[ImageFeatures]:
+    assert run.fid_network is not None
+    stage = Stage.of(
+        "sampled-features",
+        "export",
+        fid_bodies.make_sampled_features,
+        model=model,
+        colours=run.base,
+        samples=run.recipe.evaluate.fid_samples,
+        guidance=run.recipe.evaluate.guidance,
+        decoder=run.decoder,
+        network=run.fid_network,
+        device=run.device,
+    )
+    return stage.labelled(f"sampled features {side}").on_gpu()
+
+
+def compare_images(run: Run, real: Artifact, baseline: Artifact, candidate: Artifact) -> Stage[ImageMetrics]:
+    assert run.fid_network is not None
+    return Stage.of(
+        "fid",
+        "numprune",
+        fid_bodies.make_image_metrics,
+        real=real,
+        baseline=baseline,
+        candidate=candidate,
+        network=Path(run.fid_network.source[0]).name,
+    )
+
+
 def answer_tasks(run: Run, model: Artifact, side: str) -> Stage[TaskAnswers]:
     assert run.tasks is not None
     asked = run.recipe.evaluate
@@ -173,6 +221,7 @@ def report_on(
     quantized: StageResult[QuantizedCheckpoint] | None,
     parity: Mapping[str, Parity],
     quality: Mapping[str, StageResult[Quality]],
+    images: StageResult[ImageMetrics] | None,
     answers: Mapping[str, Artifact],
     looks: Mapping[str, Sequence[StageResult[Timings]]],
 ) -> Stage[Judgement]:
@@ -191,6 +240,7 @@ def report_on(
         recovered=recovered.artifact if recovered else None,
         quantized=quantized.artifact if quantized else None,
         quality=quality[first].artifact,
+        images=images.artifact if images else None,
         corpus=first,
         corpora={name: quality[name].artifact for name in others},
         answers=answers,

@@ -244,6 +244,8 @@ _PATHS = {
     ("recover", "prompts"),
     ("evaluate", "tasks"),
     ("evaluate", "decoder"),
+    ("evaluate", "fid_network"),
+    ("evaluate", "fid_images"),
 }
 TASK_FILES = (".yaml", ".yml")
 
@@ -263,7 +265,7 @@ def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
         return {name: _anchored(item, base, key) for name, item in value.items()}
     if not isinstance(value, str) or value in ("", EMBEDDED):
         return value
-    if key == ("evaluate", "decoder") and value == NO_FILE:
+    if key in (("evaluate", "decoder"), ("evaluate", "fid_network")) and value == NO_FILE:
         return value
     if key == ("evaluate", "tasks") and not value.endswith(TASK_FILES):
         return value

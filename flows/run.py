@@ -33,6 +33,7 @@ class Run:
         image_tokens: of every image, for a model that reads images.
         tasks: the recipe's tasks, if any; their digest is that of every request to a model.
         decoder: the file that turns an image generator's codes into pictures, if any.
+        fid_network: the network that compares these with the real images `fid_images`, if any.
         device: for calibration and evaluation, cpu or cuda.
         uses_gpu: whether anything runs on a GPU.
         precision: compute precision by runtime, for exports and both sides of benchmarks.
@@ -57,6 +58,8 @@ class Run:
     timings_key: str = ""
     tasks: Text | None = None
     decoder: Text | None = None
+    fid_network: Text | None = None
+    fid_images: Text | None = None
     image_tokens: int | None = None
     record: Path | None = None
     candidates: int = 1

@@ -379,6 +379,9 @@ class Evaluate(Section):
     From an image generator and the dense model, `samples` images are drawn with classifier-free `guidance` of this
     scale; 1: none. `decoder`: state dict of the image tokenizer that turns its codes into pictures; "none": the model
     folder has the colours of the codes, or no pictures are shown.
+
+    FID, KID and, if it has classes, the Inception Score are measured by the network in the file `fid_network`, of
+    `fid_samples` images from each model and the real images in `fid_images`: folders, or .parquet files.
     """
 
     prompts: Prompts = BUILT_IN
@@ -389,6 +392,9 @@ class Evaluate(Section):
     samples: Annotated[int, Field(ge=1, le=MAXIMUM_IMAGES)] = 20
     guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
     decoder: Annotated[str, Field(min_length=1)] = NO_FILE
+    fid_network: Annotated[str, Field(min_length=1)] = NO_FILE
+    fid_images: PromptFiles = []
+    fid_samples: Count = 10_000
 
 
 class Benchmark(Section):

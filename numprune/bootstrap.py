@@ -18,7 +18,7 @@ class Estimate:
         ci95_lower, ci95_upper: one-sided 95 % confidence bounds.
         interval95: the two-sided 95 % interval.
         samples: how many sampling units it is based on.
-        sampling_unit: "document", or "window" if there are too few documents; "item" of a task.
+        sampling_unit: "document", or "window" if there are too few documents; "item" of a task; "image" of a generator.
     """
 
     value: float

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,11 @@ class Processor:
             values = values / settings["rescale_factor"]
         levels = values.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
         return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def rgb(picture: Picture) -> Tensor:
+    """Return an image as it is stored, upright, (3, height, width) uint8. Raises InputError if it cannot be decoded."""
+    return torch.from_numpy(np.array(_decoded(picture, 3))).permute(2, 0, 1)
 
 
 def _decoded(picture: Picture, channels: int) -> Any:

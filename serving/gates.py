@@ -59,7 +59,7 @@ _LARGEST_EXPONENT = 700.0  # e to this is finite
 _LATER_CONFIDENCE = 0.975  # from the second look on; one-sided
 
 # The value of a candidate equal to the baseline, by the metric's suffix.
-_EQUAL = {"loss_delta": 0.0, "accuracy_delta": 0.0, "perplexity_ratio": 1.0, "ratio": 1.0}
+_EQUAL = {"loss_delta": 0.0, "accuracy_delta": 0.0, "delta": 0.0, "perplexity_ratio": 1.0, "ratio": 1.0}
 
 Limit = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 

@@ -557,6 +557,7 @@ def make_report(
     recovered: Artifact | None,
     quantized: Artifact | None,
     quality: Artifact,
+    images: Artifact | None,
     corpus: str,
     corpora: Mapping[str, Artifact],
     answers: Mapping[str, Artifact],
@@ -577,6 +578,7 @@ def make_report(
         base, candidate: the pruned base, and the released checkpoint.
         attention, attention_maps, learned, pruned, generated, recovered, quantized, quality, benchmarks: stages;
             benchmarks by runtime, with every look.
+        images: the stage that compared samples with real images.
         answers: the stages with the answers to tasks of "baseline" and "candidate"; empty without tasks.
         corpus: the name of the text that `quality` is of, where it has one; `corpora`: quality on the others, by name.
         asked, asked_to_learn, asked_to_recover: how the candidate was to be pruned, and trained.
@@ -585,6 +587,7 @@ def make_report(
     from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.steps.answers import compare_answers
     from numprune.flows.steps.attention import attention_section
+    from numprune.flows.steps.fid import with_images
     from numprune.flows.steps.report import (
         assemble,
         judged,
@@ -618,7 +621,7 @@ def make_report(
         else None,
         "quantization": quantization_section(read_facts(quantized.path, QuantizedCheckpoint)) if quantized else None,
         "sizes": sizes(base.path, candidate.path),
-        "quality": read_facts(quality.path, Quality).model_copy(update=named),
+        "quality": with_images(read_facts(quality.path, Quality).model_copy(update=named), images),
         "parity": parity,
     }
     if answers:

@@ -112,7 +112,11 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         if recipe.recover.prompts
         else None,
         tasks=Text(recipe.evaluate.tasks, tasks.digest()) if tasks else None,
-        decoder=generators.decoder(recipe),
+        decoder=generators.identified_at(recipe.evaluate.decoder),
+        fid_network=generators.identified_at(recipe.evaluate.fid_network),
+        fid_images=Text(recipe.evaluate.fid_images, text_digest(recipe.evaluate.fid_images, "heldout"))
+        if recipe.evaluate.fid_images
+        else None,
         device="cuda" if available and recipe.model.device != "cpu" else "cpu",
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
         precision=precisions(recipe, base),

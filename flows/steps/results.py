@@ -213,6 +213,25 @@ class TaskAnswers:
 
 
 @dataclass(frozen=True)
+class ImageFeatures:
+    """What a network says of images: how many they are, the length of its features, and its classes, 0 for none."""
+
+    images: int
+    features: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class ImageMetrics:
+    """The fields of the report's section `images` that compare samples with real images."""
+
+    fid: dict[str, Any]
+    kid: dict[str, Any]
+    inception_score: dict[str, Any] | None
+    network: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Answers:
     """`longest`: tokens of the longest sequence in a request."""
 

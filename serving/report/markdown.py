@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from numprune.counted import counted
-from numprune.serving.report import heads, names, precision, training, words
+from numprune.serving.report import heads, image_metrics, names, precision, training, words
 from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import KINDS, by_kind, listed, others, ranges, without
 from numprune.serving.report.markdown_cells import amount, cell, estimate, figure, plain, share, table
@@ -269,6 +269,21 @@ def _images(found: Images) -> list[str]:
                 ["the same between two sets of the baseline", words.number(found.code_divergence_of_dense_nats, 3)],
             ],
         ),
+        *_distances(found),
+    ]
+
+
+def _distances(found: Images) -> list[str]:
+    if found.network is None:
+        return []
+    rows = [
+        [cell(f"{text} ({interval})" if interval else text) for text, interval in row]
+        for row in image_metrics.rows(found)
+    ]
+    return [
+        cell(image_metrics.measured_by(found.network)),
+        "",
+        *table(["samples", "baseline", "candidate", "difference"], rows),
     ]
 
 
@@ -325,6 +340,8 @@ def _identity(report: Report) -> list[str]:
         "trained checkpoint": identity.recovered,
         "task items": identity.tasks,
         "decoder of images": identity.decoder,
+        "network of FID": identity.fid_network,
+        "real images of FID": identity.fid_images,
         **{f"export {name}": digest for name, digest in identity.exports.items()},
     }
     rows = [[name, digest] for name, digest in digests.items() if digest is not None]

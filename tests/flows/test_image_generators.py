@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import shutil
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.decoders import PALETTE, load_decoder
-from numprune.flows import recipe
+from numprune.flows import forecast, recipe
 from numprune.flows.embedded import images as digits
 from numprune.flows.stages import Artifact, Text
-from numprune.flows.steps import checks
+from numprune.flows.steps import checks, fid
 from numprune.flows.steps.images import contact_sheet
+from numprune.flows.steps.results import ImageFeatures
 from numprune.flows.steps.text import load_heldout
 from numprune.flows.studies.compare import steps as compare
 from numprune.serving import gates
@@ -52,6 +55,9 @@ targets = ["onnx"]
 samples = 6
 guidance = 1.5
 decoder = "vq.safetensors"
+fid_network = "network.pt"
+fid_images = ["real"]
+fid_samples = 20
 [benchmark]
 runtimes = ["torch"]
 prompts = 2
@@ -66,10 +72,39 @@ max = 5.0
 metric = "quality.images.guided_kl_nats_per_code"
 bound = "point"
 max = 5.0
+[[gates]]
+metric = "quality.images.fid.delta"
+bound = "ci95_upper"
+max = 1000.0
+[[gates]]
+metric = "quality.images.inception_score.delta"
+bound = "ci95_lower"
+min = -10.0
 [registry]
 name = "tiny-generator"
 """
 CODES, CLASSES = 30, 3
+
+
+class Colours(torch.nn.Module):
+    """The mean colours of images as features, and their softmax as classes."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = images.float().mean((2, 3))
+        return found, found / 10
+
+
+def write_network(file: Path) -> None:
+    with warnings.catch_warnings():  # TorchScript is deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Colours()).save(str(file))
+
+
+def write_pictures(folder: Path, count: int, side: int) -> None:
+    folder.mkdir()
+    levels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    for index, pixels in enumerate(levels):
+        Image.fromarray(pixels).save(folder / f"{index:02}.png")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +120,8 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         codes = torch.randint(CODES, (count, 64), generator=draw)
         save_file({"codes": codes, "labels": torch.arange(count) % CLASSES}, folder / f"{name}.safetensors")
     save_file(tokenizer_reference.random_state(codes=CODES), folder / "vq.safetensors")
+    write_network(folder / "network.pt")
+    write_pictures(folder / "real", 15, 32)
     (folder / "recipe.toml").write_text(RECIPE)
     return folder
 
@@ -110,6 +147,16 @@ def test_a_generator_goes_from_recipe_to_release(numprune: Command, generator: P
     assert found.images.sheet is not None
     assert shown(found.images.sheet).shape == (2 * 32 + 4, 6 * 36 - 4, 3)  # 32 pixels a side, four for each code
     assert report.identity.decoder == manifest.sha256_file(generator / "vq.safetensors")
+    assert found.images.network is not None
+    facts = found.images.network
+    assert (facts.file, facts.features, facts.samples, facts.real_images) == ("network.pt", 3, 20, 15)
+    fid, score = found.images.fid, found.images.inception_score
+    assert fid is not None
+    assert fid.published is not None
+    assert fid.delta.value == pytest.approx(fid.candidate.value - fid.baseline.value)
+    assert fid.delta.samples == 20
+    assert score is not None
+    assert 1 <= score.published.baseline <= 3
     page = (release / "report.html").read_text(encoding="utf-8")
     assert f"data:image/png;base64,{found.images.sheet}" in page
     assert "NLL by class, nats/code" in page
@@ -155,15 +202,83 @@ def test_colours_of_other_codes_are_refused_before_any_work(generator: Path, tmp
 
 
 def test_guidance_needs_an_image_generator_with_classes(generator: Path, tiny: Path, tmp_path: Path) -> None:
-    asked = recipe.load(tiny / "recipe.toml", ["evaluate.guidance=2", "evaluate.samples=8", "evaluate.decoder=vq.pt"])
+    asked = recipe.load(
+        tiny / "recipe.toml",
+        ["evaluate.guidance=2", "evaluate.samples=8", "evaluate.decoder=vq.pt", "evaluate.fid_samples=9"],
+    )
     with pytest.raises(InputError, match=r"evaluate.guidance = 2.0: the model is not an image generator") as found:
         checks.check(asked, tmp_path / "w")
     assert "evaluate.samples = 8: the model is not an image generator; omit it" in str(found.value)
+    assert "evaluate.fid_samples = 9: the model is not an image generator; omit it" in str(found.value)
     assert 'vq.pt": the model is not an image generator; omit it' in str(found.value)
     build_tiny("imagegpt", max_position_embeddings=65).save_pretrained(tmp_path / "imagegpt")
     asked = recipe.load(generator / "recipe.toml", [f"model.path={tmp_path / 'imagegpt'}"])
     with pytest.raises(InputError, match=r"evaluate.guidance = 1.5: the model has no classes; omit it"):
         checks.check(asked, tmp_path / "w")
+
+
+def test_samples_are_compared_with_real_images(generator: Path, tmp_path: Path) -> None:
+    """Of a model and of itself: nothing differs, and the first samples are those of the contact sheet."""
+    vq, network, cpu = generator / "vq.safetensors", generator / "network.pt", torch.device("cpu")
+    folders = [tmp_path / name for name in ("real", "baseline", "candidate")]
+    for folder in folders:
+        folder.mkdir()
+    base = generator / "base"
+    assert fid.real_features(folders[0], base, [str(generator / "real")], vq, network, cpu) == ImageFeatures(15, 3, 3)
+    for folder in folders[1:]:
+        assert fid.sampled_features(folder, base, base, 20, 1.5, vq, network, cpu) == ImageFeatures(20, 3, 3)
+    read = [np.asarray(Image.open(file)).mean((0, 1)) for file in sorted((generator / "real").iterdir())]
+    np.testing.assert_allclose(load_file(folders[0] / "features.safetensors")["features"], read, rtol=1e-5)
+    found = fid.metrics(*folders, "network.pt")
+    assert found.fid["delta"]["interval95"] == found.kid["delta"]["interval95"] == (0, 0)
+    assert found.fid["published"]["baseline"] == found.fid["published"]["candidate"] > 0
+    assert found.inception_score is not None
+    assert found.inception_score["delta"]["value"] == 0
+    facts = {"samples": 6, "guidance": 1.5, "code_divergence_nats": 0, "code_divergence_of_dense_nats": 0}
+    assert Images.model_validate({**facts, **asdict(found)}).network.real_images == 15
+
+
+def test_a_plan_shows_how_samples_are_compared(generator: Path, tmp_path: Path) -> None:
+    run = checks.prepare(recipe.load(generator / "recipe.toml"), tmp_path / "w")
+    names = [stage.name for stage in forecast.planned(run)]
+    assert names.index("real-features") < names.index("prune")
+    drawn = names.index("sampled features baseline")
+    assert names[drawn : drawn + 3] == ["sampled features baseline", "sampled features candidate", "fid"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (
+            ["evaluate.fid_network=none"],
+            ["evaluate.fid_images: there is no evaluate.fid_network; name its file", "gates.2"],
+        ),
+        (["evaluate.decoder=none", "model.path=plain"], ["fid_network: nothing turns the model's codes into pictures"]),
+        (
+            ["evaluate.fid_samples=11"],
+            ["evaluate.fid_samples = 11: must be at least 12, 4 for each of the network's 3 f"],
+        ),
+        (["evaluate.fid_samples=19"], ["evaluate.fid_samples = 19: must be at least 20 for the Inception Score"]),
+        (["evaluate.fid_images=few"], ["evaluate.fid_images: there are 3; there must be at least 12"]),
+        (
+            ["evaluate.fid_images=large"],
+            ["fid_images: image 00.png has 33 x 33 pixels, but the model's images have 32 x"],
+        ),
+        (["evaluate.fid_images=[]"], ["evaluate.fid_images: there are 0; there must be at least 12"]),
+        (["evaluate.fid_network=gone.pt"], ["evaluate.fid_network: ", "gone.pt: no such file"]),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_before_any_work(
+    generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], messages: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "few", 3, 32)
+    write_pictures(tmp_path / "large", 1, 33)
+    shutil.copytree(generator / "base", tmp_path / "plain", ignore=shutil.ignore_patterns(PALETTE))
+    with pytest.raises(InputError) as caught:
+        checks.check(recipe.load(generator / "recipe.toml", changes), tmp_path / "w")
+    for message in messages:
+        assert message in str(caught.value)
 
 
 def test_a_decoder_of_another_codebook_is_refused_before_any_work(generator: Path, tmp_path: Path) -> None:

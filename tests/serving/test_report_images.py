@@ -52,6 +52,57 @@ def test_without_colours_the_page_says_why_there_is_no_picture() -> None:
     assert "with guidance" not in text
 
 
+def estimate(value: float) -> Json:
+    bounds = [value - 2, value - 1, value + 1, value + 2]
+    return {
+        "value": value,
+        "ci95_lower": bounds[1],
+        "ci95_upper": bounds[2],
+        "interval95": [bounds[0], bounds[3]],
+        "samples": 10_000,
+        "sampling_unit": "image",
+    }
+
+
+def compared(**changed: object) -> Json:
+    metric = {"baseline": estimate(12), "candidate": estimate(15), "delta": estimate(3)}
+    published = {"baseline": 13.5, "candidate": 16.75}
+    score = {**metric, "published": published, "deviation": {"baseline": 0.25, "candidate": 0.5}}
+    facts = {"file": "inception.pt", "features": 2048, "samples": 10_000, "real_images": 50_000}
+    return images(
+        **{
+            "fid": {**metric, "published": published},
+            "kid": metric,
+            "inception_score": score,
+            "network": facts,
+            **changed,
+        }
+    )
+
+
+def test_samples_are_compared_with_real_images() -> None:
+    gates = [{"metric": "quality.images.fid.delta", "bound": "ci95_upper", "max": 5.0}]
+    report = judged(compared(), gates)
+    assert report.verdict is not None
+    assert report.verdict.outcome == "pass"
+    assert report.verdict.gates[0].power is not None
+    told = "10,000 images from each model and 50,000 real images, by the 2,048 features of inception.pt."
+    for text in (Parsed(page.html(report)).text, markdown(report)):
+        assert told in text
+        assert "FID as published" in text
+        assert "13.50 ± 0.25" in text
+    assert "FID, difference" in Parsed(page.html(report)).text
+    assert judged(compared(), [{**gates[0], "max": 1.0}]).verdict.outcome == "fail"
+
+
+def test_without_a_network_nothing_is_compared() -> None:
+    assert "as published" not in Parsed(page.html(Report.model_validate(images()))).text
+    without = compared(inception_score=None)
+    text = Parsed(page.html(Report.model_validate(without))).text
+    assert "KID" in text
+    assert "Inception Score as published" not in text
+
+
 @pytest.mark.parametrize("sheet", ['"><script>', "AAAA\n", ""])
 def test_a_sheet_that_is_no_base64_is_refused(sheet: str) -> None:
     with pytest.raises(ValidationError, match="sheet"):

@@ -8,7 +8,7 @@ writers define.
 
 from numprune.serving.report.models.fields import CORPUS_NAME, ModelName, ReportedEstimate
 from numprune.serving.report.models.generation import MAXIMUM_PROMPTS, Generation, Output
-from numprune.serving.report.models.images import MAXIMUM_SAMPLES, ClassLoss, Images
+from numprune.serving.report.models.images import MAXIMUM_SAMPLES, ClassLoss, FeatureNetwork, ImageMetric, Images
 from numprune.serving.report.models.quality import (
     CAUSAL,
     MAXIMUM_CHANGED,
@@ -76,10 +76,12 @@ __all__ = [
     "DocumentDeltas",
     "Dtypes",
     "Environment",
+    "FeatureNetwork",
     "GateResult",
     "Generation",
     "Gpu",
     "Identity",
+    "ImageMetric",
     "Images",
     "LatencyBudget",
     "Learning",

@@ -49,6 +49,13 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Sides(Model):
+    """A metric that each model has on its own."""
+
+    baseline: Number
+    candidate: Number
+
+
 class ReportedEstimate(Model):
     """A value with its uncertainty: one-sided 95 % bounds, the two-sided 95 % interval, and the sampling unit."""
 
@@ -57,7 +64,7 @@ class ReportedEstimate(Model):
     ci95_upper: Number
     interval95: tuple[Number, Number]
     samples: Count
-    sampling_unit: Literal["document", "window", "repeat", "item"]
+    sampling_unit: Literal["document", "window", "repeat", "item", "image"]
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

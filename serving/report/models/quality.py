@@ -6,7 +6,16 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from numprune.serving.report.models.fields import Corpus, Count, Finite, Metric, Model, Number, ReportedEstimate
+from numprune.serving.report.models.fields import (
+    Corpus,
+    Count,
+    Finite,
+    Metric,
+    Model,
+    Number,
+    ReportedEstimate,
+    Sides,
+)
 from numprune.serving.report.models.generation import Generation
 from numprune.serving.report.models.images import ClassLoss, Images
 
@@ -87,13 +96,6 @@ class DocumentDeltas(Model):
         if list(self.values) != sorted(self.values) or descending != sorted(descending, reverse=True):
             raise ValueError("differences by document must ascend, with the worst documents first in `worst`")
         return self
-
-
-class Sides(Model):
-    """A metric that each model has on its own."""
-
-    baseline: Number
-    candidate: Number
 
 
 class BeforeRecovery(Model):

@@ -29,7 +29,8 @@ class Identity(Model):
     selecting masks; `learned`: the checkpoint with the weights trained with them. `pruned`: the checkpoint before
     training or quantization; `recovered`: the trained checkpoint; `recovery_rows`: the rows for training and selection,
     of which the base generated `generated_rows`. `corpora_rows`: held-out rows of each named corpus except the first.
-    `tasks`: all requests of the tasks. `decoder`: the file that turned an image generator's codes into pictures.
+    `tasks`: all requests of the tasks. `decoder`: the file that turned an image generator's codes into pictures;
+    `fid_network` and `fid_images`: the network and the real images that these were compared by.
     """
 
     name: ModelName | None = None
@@ -48,6 +49,8 @@ class Identity(Model):
     recovered: Sha256 | None = None
     tasks: Sha256 | None = None
     decoder: Sha256 | None = None
+    fid_network: Sha256 | None = None
+    fid_images: Sha256 | None = None
     exports: dict[Runtime, Sha256] = Field(default={})
     packages: dict[str, str] = Field(default={})
 

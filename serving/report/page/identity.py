@@ -39,6 +39,8 @@ def digests(identity: Identity) -> dict[str, str | None]:
         "Trained checkpoint": identity.recovered,
         "Task items": identity.tasks,
         "Decoder of images": identity.decoder,
+        "Network of FID": identity.fid_network,
+        "Real images of FID": identity.fid_images,
         **{f"Export, {name}": digest for name, digest in list(identity.exports.items())[:_MAXIMUM]},
     }
 

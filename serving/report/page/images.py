@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from markupsafe import Markup
 
 from numprune.counted import counted
-from numprune.serving.report import words
+from numprune.serving.report import image_metrics, words
 from numprune.serving.report.models import ClassLoss, Images
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Heading, Table, Text
 
@@ -35,6 +35,11 @@ def blocks(found: Images) -> Iterator[Block]:
             ("The same between two sets of the baseline", words.number(found.code_divergence_of_dense_nats, 3)),
         ]
     )
+    if found.network is not None:
+        yield Text(image_metrics.measured_by(found.network))
+        header = ("", "Baseline", "Candidate", "Difference")
+        rows = [[Cell(text, note) for text, note in row] for row in image_metrics.rows(found)]
+        yield Table("Samples compared with real images", header, rows)
 
 
 def classes(found: Sequence[ClassLoss]) -> Iterator[Block]:
