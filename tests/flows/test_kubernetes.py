@@ -92,5 +92,12 @@ def test_the_containers_run_valid_commands(workspace: Path, tmp_path: Path) -> N
         assert main([here.get(word, word) for word in fetch[:uri] + fetch[uri + 2 :]]) == 0
         assert manifest.verify(tmp_path / "content").digest == manifest.read(tmp_path / "release").digest
 
+    example = yaml.safe_load((Path(__file__).resolve().parents[2] / "examples" / "onnx-kserve.yaml").read_text())
+    pod = example["spec"]["predictor"]
+    fetched = parse(build(COMMANDS), pod["initContainers"][0]["args"])
+    assert Path(fetched.out) == Path("/release") / pod["containers"][0]["volumeMounts"][0]["subPath"].removesuffix(
+        "/onnx"
+    )
+
     checked = parse(build(COMMANDS), spec["containers"][1]["args"])
     assert (str(checked.release), checked.dtype) == (content, "float32")

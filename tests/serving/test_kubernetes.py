@@ -143,6 +143,16 @@ def test_an_inference_service_is_valid(variant: str) -> None:
 
 
 @pytest.mark.skipif(not KSERVE.is_dir(), reason="needs KServe's SDK, which make env installs")
+def test_the_example_for_onnx_is_valid() -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "onnx-kserve.yaml"
+    document = yaml.safe_load(example.read_text(encoding="utf-8"))
+    check_inference_service(document)
+    pod = document["spec"]["predictor"]
+    mounts = [one for container in pod["containers"] for one in container["volumeMounts"]]
+    assert {one["name"] for one in mounts} == {one["name"] for one in pod["volumes"]}
+
+
+@pytest.mark.skipif(not KSERVE.is_dir(), reason="needs KServe's SDK, which make env installs")
 def test_unknown_kserve_fields_are_detected() -> None:
     (document,) = inference_service(RELEASE, PLACEMENT)
     document["spec"]["predictor"]["minReplica"] = 1
