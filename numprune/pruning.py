@@ -15,25 +15,24 @@ come from the pruned prefix, the matrices that read the stream are refitted, too
 Consumers are fitted to the kept coordinates. The tensors are cut at the end.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from numprune import basis
 from numprune.anatomy import read_anatomy
-from numprune.blocks import Anatomy, Block
+from numprune.blocks import Anatomy
 from numprune.budget import Budget, budget_of
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
 from numprune.choosing import Chosen, Known, blocks_of, chooser, dense_inputs, dense_reading, nothing, planned
-from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.configs import pruned_config
 from numprune.corpus import rows_digest
 from numprune.depth import Shallower, Sparser, choose, choose_blocks
 from numprune.experts.finish import finish_experts
+from numprune.fitting import compensate, consumer_damping, is_fitted, warn_of_few
 from numprune.hidden import Basis, Narrowing, removed, silence
 from numprune.inputs import FROM_PRUNED_PREFIX, Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import CopiedLayers, Layers
@@ -44,11 +43,9 @@ from numprune.processes import ALONE, Processes, check_shareable
 from numprune.progress import progress
 from numprune.rotation import RotatedLayers
 from numprune.search.refine import check_searchable
-from numprune.slices import Kept, Size
-from numprune.surgery import assemble, channels_of, cut_layer
+from numprune.slices import Kept
+from numprune.surgery import assemble, cut_layer
 from numprune.tasks import CAUSAL, Task
-
-logger = logging.getLogger(__name__)
 
 Sink = Callable[[Mapping[str, Tensor]], object]  # takes the remaining tensors of a finished layer, by full name
 
@@ -167,7 +164,7 @@ def prune_layers(
     rest = _rest(layers, rows, options, known, dropped, narrowing, planned=plan is not None)
     anatomy, options = rest.layers.anatomy, rest.options
     if options.compensation in REFITTING:
-        _warn_of_few(rows, anatomy)
+        warn_of_few(rows, anatomy)
     walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
     chosen = chooser(walker, rows, options, rest.known) if plan is None else planned(plan, rest.names(), layers.device)
     coordinates = narrowing.kept.to(layers.device) if narrowing else None
@@ -202,7 +199,7 @@ def prune_layers(
                     left = kept[block.name] = chosen.choice(layer, block, inputs.experts(layer, block))
                     if gone is not None:
                         silence(layer, block, gone)
-                    gamma = options.damping if _is_fitted(block, left.size, options) else None
+                    gamma = options.damping if is_fitted(block, left.size, options) else None
                     dampings[block.name] = finish_experts(layer, block, left, inputs, gamma)
                     continue
                 moments = inputs.moments(layer, block)
@@ -210,9 +207,11 @@ def prune_layers(
                     silence(layer, block, gone)
                 weight = consumer_weight(layer, block).double()
                 left = kept[block.name] = chosen.choice(layer, block, moments)
-                damping = _damping(consumer_of(layer, block), weight, block, left, moments, inputs.held_out, options)
-                dampings[block.name] = damping if _is_fitted(block, left.size, options) else None
-                bias = _compensate(layer, weight, block, left, moments, damping, options)
+                damping = consumer_damping(
+                    consumer_of(layer, block), weight, block, left, moments, inputs.held_out, options
+                )
+                dampings[block.name] = damping if is_fitted(block, left.size, options) else None
+                bias = compensate(layer, weight, block, left, moments, damping, options)
                 if bias is not None:
                     biases[block.name] = bias
                 inputs.pass_on(layer, block, left, damping)
@@ -387,22 +386,6 @@ def describe(
     )
 
 
-def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
-    for kind in (kind for kind in anatomy.kinds if kind != "experts"):
-        widest = max(anatomy.of_kind(kind), key=lambda block: block.channels)
-        tokens = len(rows) * anatomy.stream_of(rows.shape[1:], widest.layer)[0]
-        if tokens < 4 * widest.channels:
-            logger.warning(
-                "%d calibration tokens are fewer than %d, four times the %d channels of %s, the widest %s block: its "
-                "least squares will fit noise",
-                tokens,
-                4 * widest.channels,
-                widest.channels,
-                widest.name,
-                kind,
-            )
-
-
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
     """Yield name and moments of every block that has units, except experts, in the order of the forward pass."""
     walk = PropagatedInputs(Walker(layers, rows.shape[1:], batch_size), rows)
@@ -414,63 +397,3 @@ def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator
                     walk.pass_experts_on(layer, block)
                 elif block.units:
                     yield block.name, walk.moments(layer, block)
-
-
-def _damping(
-    consumer: nn.Linear,
-    weight: Tensor,
-    block: Block,
-    left: Kept,
-    moments: Moments,
-    held_out: Moments | None,
-    options: PruneOptions,
-) -> float:
-    """Return the damping of the block's least squares, chosen on the held-out rows if there are any."""
-    if held_out is None or not left.size.units:
-        return options.damping
-    own = None if consumer.bias is None else consumer.bias.double()
-    kept = channels_of(block, left)
-    held = held_out.of(kept)
-    return choose_damping(weight[:, kept], own, moments.of(kept).without(held), held, options.damping)
-
-
-def _is_fitted(block: Block, left: Size, options: PruneOptions) -> bool:
-    """Return whether the block's consumer is fitted: it lost channels, or compensates for other blocks."""
-    loses = left != block.size or options.compensation in ("residual", "joint")
-    return options.compensation in REFITTING and loses and left.units > 0
-
-
-def _compensate(
-    layer: nn.Module,
-    weight: Tensor,
-    block: Block,
-    left: Kept,
-    moments: Moments,
-    damping: float,
-    options: PruneOptions,
-) -> Tensor | None:
-    """Overwrite the consumer: zero at the removed channels, and refitted at the others if the options say so.
-
-    Args:
-        layer: the block's.
-        weight: (out, D) float64, the consumer's weight.
-        left: what is kept of the block.
-        damping: of the refit.
-
-    Returns:
-        The new bias (out,) of `bias` compensation, including the old one; None for every other compensation.
-    """
-    consumer, stored = consumer_of(layer, block), consumer_weight(layer, block)
-    kept = channels_of(block, left)
-    columns = weight[:, kept]
-    own = None if consumer.bias is None else consumer.bias.double()
-    added = mean_bias(weight, own, kept, moments) if options.compensation == "bias" else None
-    if _is_fitted(block, left.size, options):
-        columns, bias = refit(weight, own, kept, moments, damping)
-        if bias is not None:
-            consumer.bias.copy_(bias)
-    stored.zero_()
-    stored[:, kept] = columns.to(stored.dtype)
-    if not left.size.units and consumer.bias is not None:
-        consumer.bias.zero_()  # it goes with the block
-    return added

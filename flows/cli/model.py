@@ -20,7 +20,7 @@ from numprune.flows.cli.parser import (
     command,
     reading,
 )
-from numprune.flows.cli.prune import dropped_lines, sizes_lines
+from numprune.flows.cli.planned import dropped_lines, sizes_lines
 
 if TYPE_CHECKING:
     from numprune.families.family import TaskName

@@ -12,14 +12,13 @@ from numprune.flows import names
 from numprune.flows.amounts import size
 from numprune.flows.cli.arguments import NeededUnless
 from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_text, at_least, check_out, command, reading
+from numprune.flows.cli.planned import latency_lines, planned_answer
 from numprune.refinement import MINUTES
 
 if TYPE_CHECKING:
-    from numprune.blocks import Anatomy
     from numprune.flows.steps.results import PrunedCheckpoint
     from numprune.options import PruneOptions
     from numprune.plans import Plan
-    from numprune.processes import Processes
     from numprune.serving.report import LatencyBudget
 
 # Defaults of `prune` without an option or a plan.
@@ -265,7 +264,7 @@ def prune(args: argparse.Namespace) -> Answer:
         planned = plan_checkpoint(
             base, rows, options, scratch, device, draw=draw, stream=args.stream, processes=processes
         )
-        return _planned(base, planned, args.out, started, processes)
+        return planned_answer(base, planned, args.out, started, processes)
     made: PrunedCheckpoint
     latency: LatencyBudget | None = None
     if options.time_budget is not None and plan is None:
@@ -314,31 +313,11 @@ def prune(args: argparse.Namespace) -> Answer:
     if made.refinement:
         text += f"\n{made.refinement}"
     if latency:
-        text += "\n" + "\n".join(_latency_lines(latency))
+        text += "\n" + "\n".join(latency_lines(latency))
     if made.schemes:
         quantizing = f"numprune quantize {args.out} QUANTIZED --scheme mixed --dense {base} --text FILE"
         text += f"\nits plan quantizes {len(made.schemes)} of {len(made.kept_units)} blocks: {quantizing}"
     return Answer(data, text, quiet=not processes.is_main)
-
-
-def _latency_lines(found: "LatencyBudget") -> list[str]:
-    if found.measured is None or found.dense_measured is None:
-        return [
-            f"{found.scenario}, at most {found.limit_ms:.4g} ms: dense {found.dense_predicted.ms:.4g} ms, pruned "
-            f"{found.predicted.ms:.4g} ms, estimated for {found.estimated_for}, not measured"
-        ]
-    lines = [f"{found.scenario} in {found.runtime}, at most {found.limit_ms:.4g} ms:"]
-    for name, predicted, measured in (
-        ("dense", found.dense_predicted, found.dense_measured),
-        ("pruned", found.predicted, found.measured),
-    ):
-        low, high = measured.interval95
-        lines.append(
-            f"  {name:<6} predicted {predicted.ms:.4g} ms, measured {measured.ms:.4g} ms "
-            f"(95 % interval {low:.4g} to {high:.4g})"
-        )
-    times = "once" if found.corrections == 1 else f"{found.corrections} times"
-    return [*lines, f"  the table was corrected {times}"] if found.corrections else lines
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -423,83 +402,3 @@ def options_of_arguments(given: Mapping[str, Any]) -> "PruneOptions":
     floors = dict(chosen.pop("floor"))
     shape = shape_fields(chosen.pop("hidden_size"), chosen.pop("drop_layers"))
     return PruneOptions(**chosen, **shape, target=target, floors=floors)
-
-
-def _planned(base: Path, plan: "Plan", out: Path | None, started: float, processes: "Processes") -> Answer:
-    """The result of `--plan-only`; writes `out`."""
-    from numprune.anatomy import read_anatomy
-    from numprune.budget import budget_of
-    from numprune.export import checkpoint
-    from numprune.export.tasks import load_task
-    from numprune.hidden import narrowed
-
-    before = read_anatomy(checkpoint.read_config(base))
-    after = before.keeping(plan.sizes())
-    if plan.hidden:
-        after = narrowed(after, len(plan.hidden.kept), plan.hidden.basis)
-    budgets = [dataclasses.asdict(budget_of(anatomy)) for anatomy in (before, after)]
-    removed = 1 - budgets[1]["prunable_parameters"] / budgets[0]["prunable_parameters"]
-    if out is not None and processes.is_main:
-        plan.write(out)
-    data = {
-        "out": str(out) if out else None,
-        "before": budgets[0],
-        "after": budgets[1],
-        "prunable_ratio_removed": removed,
-        "dropped_layers": [drop.model_dump() for drop in plan.dropped],
-        "dropped_blocks": [drop.model_dump() for drop in plan.dropped_blocks],
-        "hidden_size": [after.hidden_size, before.hidden_size] if plan.hidden else None,
-        "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
-        "schemes": plan.schemes(),
-        "price": plan.price.model_dump() if plan.price else None,
-        "shape": plan.shape.model_dump() if plan.shape else None,
-        "refinement": plan.refinement.model_dump() if plan.refinement else None,
-        "predicted_ms": plan.time_budget.predicted(after).ms if plan.time_budget else None,
-        "seconds": time.perf_counter() - started,
-    }
-    lines = [f"{base}: {removed:.1%} of the prunable parameters would be removed; nothing is pruned"]
-    lines += [
-        f"  {name.replace('_', ' '):<36} {was:,} -> {budgets[1][name]:,} ({budgets[1][name] / was:.1%})"
-        for name, was in budgets[0].items()
-    ]
-    if limit := plan.time_budget:
-        ms = [limit.predicted(anatomy).ms for anatomy in (before, after)]
-        lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit.described})")
-    if plan.hidden:
-        basis, kept = plan.hidden.basis, after.hidden_size
-        lines.append(f"  {'hidden size':<36} {before.hidden_size:,} -> {kept:,} (basis {basis})")
-    lines += [f"  {line}" for line in (*dropped_lines(plan, load_task(base).unit), *sizes_lines(after))]
-    lines += [f"  {line}" for line in schemes_lines(plan)]
-    lines += [f"  {line}" for line in plan.shape.lines()] if plan.shape else []
-    lines += [f"  {'sizes priced at':<36} {plan.price}"] if plan.price else []
-    lines += [f"  {plan.refinement}"] if plan.refinement else []
-    lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []
-    return Answer(data, "\n".join(lines), quiet=not processes.is_main)
-
-
-def dropped_lines(plan: "Plan", unit: str) -> list[str]:
-    dropped = [(f"layer {drop.layer}", drop.divergence) for drop in plan.dropped]
-    dropped += [(drop.block, drop.divergence) for drop in plan.dropped_blocks]
-    return [
-        f"{f'dropped: {what}':<36} {divergence:.4f} {unit} from the dense model, before anything was refitted"
-        for what, divergence in dropped
-    ]
-
-
-def schemes_lines(plan: "Plan") -> list[str]:
-    """Return the planned schemes, a line for each kind of block; none if no budget chose them."""
-    kinds: dict[str, list[str]] = {}
-    for name, block in plan.blocks.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(block.scheme or ("as stored" if block.kept else "-"))
-    return [f"{f'{kind}: scheme by layer':<36} {', '.join(found)}" for kind, found in kinds.items() if plan.schemes()]
-
-
-def sizes_lines(anatomy: "Anatomy") -> list[str]:
-    """The sizes of all layers, one line per kind of block."""
-    query_heads = ", ".join(str(block.units * block.members) for block in anatomy.of_kind("attention"))
-    lines = [f"{'attention: query heads by layer':<36} {query_heads}"]
-    for kind, what in (("attention", "KV groups"), ("mlp", "channels"), ("experts", "experts")):
-        units = ", ".join(str(block.units) for block in anatomy.of_kind(kind))
-        lines += [f"{f'{kind}: {what} by layer':<36} {units}"] if units else []
-    widths = ", ".join(str(block.members) for block in anatomy.of_kind("experts"))
-    return [*lines, f"{'channels per expert by layer':<36} {widths}"] if widths else lines
