@@ -54,12 +54,13 @@ def set_precision(folder: Path) -> None:
     path.write_text(_unmeasured(text), encoding="utf-8")
 
 
-def set_quantization(folder: Path, found: QuantizationConfig) -> None:
-    """State in a numprune card, if the checkpoint has one, how the weights were quantized."""
+def set_quantization(folder: Path, found: QuantizationConfig, lm_head_bits: int) -> None:
+    """State in a numprune card, if the checkpoint has one, how the weights and the output matrix were quantized."""
     path = folder / CARD
     if not path.is_file():
         return
-    added = row("quantization", f"weights of the layers: {found}, in the format compressed-tensors")
+    head = "; values of the output matrix rounded to 4 bits" if lm_head_bits == 4 else ""
+    added = row("quantization", f"weights of the layers: {found}, in the format compressed-tensors{head}")
     text = path.read_text(encoding="utf-8")
     text, rows = re.subn(rf"^\| {PRECISION} \| .* \|$", rf"\g<0>\n{added}", text, flags=re.M)
     if rows:  # another tool's card has none

@@ -4,28 +4,30 @@ The network is that of `onnx` with other operators (see `onnx_fused`). genai_con
 not in the graph: the names of its inputs and outputs, special tokens, and generation defaults.
 
 A quantized checkpoint keeps its values. For speed, the inputs of every quantized matrix are also rounded, to 8 bits in
-blocks, and so is the output matrix, to 8 bits; the manifest states both.
+blocks, and so is the output matrix, to 8 bits, unless its values are on a 4-bit grid; the manifest states both.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
+from torch import Tensor
 
 from numprune.anatomy import family_of
 from numprune.errors import InputError
 from numprune.export import checkpoint, files, manifest, onnx
 from numprune.export.headers import QuantizedHeader
 from numprune.export.onnx_decoder import ACTIVATIONS, FAMILIES, head_dim_of, write_decoder, writes
-from numprune.export.onnx_fused import HEAD, FusedOperators, head_of
+from numprune.export.onnx_fused import FusedOperators, output_matrix
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.weights import read_finite
-from numprune.quantization import Scheme
+from numprune.quantization import Quantized, Scheme
+from numprune.quantization.lm_head import LmHeadBits, check_groups
 
 KIND = "onnxruntime"
 CONFIG_FILE = "genai_config.json"
@@ -72,6 +74,27 @@ def check_scheme(scheme: Scheme, dtype: str) -> None:
         )
 
 
+def check_lm_head(config: Any, schemes: Iterable[Scheme], bits: LmHeadBits) -> None:
+    """Refuse an output matrix in 4 bits where this export cannot store it.
+
+    Args:
+        config: of the checkpoint.
+        schemes: of its other matrices.
+        bits: of the output matrix.
+
+    Raises InputError.
+    """
+    if bits == 8:
+        return
+    try:
+        check_config(config)
+        for scheme in schemes:
+            check_scheme(scheme, FLOAT32)
+    except InputError as error:
+        raise InputError(f"lm_head_bits is 4, which only the export onnxruntime stores; use 8: {error}") from None
+    check_groups(config.hidden_size)
+
+
 def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifest:
     """Write the checkpoint `source` for ONNX Runtime to the new folder `out`.
 
@@ -93,6 +116,11 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
     for header in quantized.values():
         check_scheme(header.scheme, dtype)
     tokenizer = checkpoint.load_tokenizer(source)
+
+    def tensor(name: str) -> Tensor:
+        return read_finite(headers[name])
+
+    output = output_matrix(config, quantized, tensor)
     facts: dict[str, JsonValue] = {
         "flavour": KIND,
         "exporter": "numprune",
@@ -100,7 +128,7 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
         "dtype": dtype,
         "onnx": version("onnx"),
         "file": onnx.MODEL_FILE,
-        **({"rounded": _rounded(config, quantized)} if quantized else {}),
+        **({"rounded": _rounded(quantized, output)} if output else {}),
     }
     parents = {"checkpoint": manifest.folder_digest(source)}
     metadata = {"flavour": KIND, "family": config.model_type, "checkpoint": parents["checkpoint"]}
@@ -111,9 +139,9 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
                 graph,
                 config,
                 frozenset(headers),
-                lambda name: read_finite(headers[name]),
+                tensor,
                 OPSET,
-                partial(FusedOperators, quantized),
+                partial(FusedOperators, quantized, output),
             )
         save(graph.model(OPSET, metadata), folder / onnx.MODEL_FILE)
         checkpoint.copy_around_weights(config, source, folder)
@@ -122,13 +150,12 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
     return manifest.read(out)
 
 
-def _rounded(config: Any, quantized: Mapping[str, QuantizedHeader]) -> dict[str, JsonValue]:
+def _rounded(quantized: Mapping[str, QuantizedHeader], output: Quantized) -> dict[str, JsonValue]:
     """Return what is rounded, and how: the weights by the checkpoint's schemes, the rest by this export."""
-    head = quantized.get(f"{head_of(config)}.weight")
     return {
         "weights": ", ".join(sorted({str(header.scheme) for header in quantized.values()})),
         "activations": "int8",
-        "output_matrix": f"int{(head.scheme if head else HEAD).bits}",
+        "output_matrix": f"int{output.scheme.bits}",
     }
 
 

@@ -58,6 +58,9 @@ class Operators(Protocol):
     def positions(self) -> int | str:
         """The number of logit positions, or the name of the graph's dimension."""
 
+    def embed(self, tokens: str) -> str:
+        """Return the embeddings (B, S, H)."""
+
     def norm(self, name: str, states: str, update: str | None) -> tuple[str, str]:
         """Add the last block's output to the residual stream (B, S, H): the norm of the sum, and the sum."""
 
@@ -117,7 +120,7 @@ def write_decoder(
     mask = graph.input("attention_mask", INT64, ["batch", "total"])
     operators = flavour(writer, layers, tokens, mask)
 
-    states = graph.op("Gather", graph.weight(EMBEDDING, tensor(EMBEDDING)), tokens)
+    states = operators.embed(tokens)
     update: str | None = None
     present: dict[int, list[str]] = {}
     for index, layer in enumerate(layers):
@@ -151,6 +154,11 @@ def _layers(config: Any) -> list[Layer]:
 
 
 # --- shared by all operators -------------------------------------------------------------------------
+
+
+def look_up(writer: Writer, tokens: str) -> str:
+    """Return the unquantized embeddings (B, S, H)."""
+    return writer.graph.op("Gather", writer.graph.weight(EMBEDDING, writer.tensor(EMBEDDING)), tokens)
 
 
 def rotary_frequencies(writer: Writer) -> tuple[Tensor, float]:

@@ -5,24 +5,27 @@ needs and onnxruntime-genai expects. Matrices with the same input are merged: wh
 operator saved is worth more than its share of the work.
 
 Quantized matrices keep their values. Their inputs are rounded to 8 bits in blocks for the products, which is the only
-fast way. The output matrix is then rounded to 8 bits, too: otherwise it would take most of a token's time.
+fast way. The output matrix is then quantized, too: otherwise it would take most of a token's time. It is stored in 4
+bits if the checkpoint's values are on such a grid, together with an embedding tied to it, and else rounded to 8 bits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from onnx import TensorProto
+from torch import Tensor
 
 from numprune.errors import IntegrityError
 from numprune.export.headers import QuantizedHeader
-from numprune.export.onnx_decoder import Layer, Writer, activate, rotary_frequencies
-from numprune.export.onnx_quantized import blocked
+from numprune.export.onnx_decoder import Layer, Writer, activate, look_up, rotary_frequencies
+from numprune.export.onnx_quantized import BLOCK_SIZE, Blocked, blocked
 from numprune.export.weights import read_quantized
-from numprune.quantization import Quantized, Scheme, round_to_nearest
+from numprune.quantization import Quantized, Scheme, lm_head, round_to_nearest
 
-HEAD = Scheme("w8a8")  # of the output matrix, if others are quantized
+_HEAD = Scheme("w8a8")  # of the output matrix, if others are quantized
+_HEAD_BLOCK = 64  # of that matrix; its rows have one scale, so only its inputs are rounded more coarsely than in 32
 _INT8 = 4  # accuracy_level of MatMulNBits: 4 rounds inputs to int8
 
 
@@ -32,11 +35,23 @@ class FusedOperators:
     positions = 1  # a constant: onnxruntime-genai concludes from it that only the last logits are returned
 
     def __init__(
-        self, quantized: Mapping[str, QuantizedHeader], writer: Writer, layers: Sequence[Layer], tokens: str, mask: str
+        self,
+        quantized: Mapping[str, QuantizedHeader],
+        output: Quantized | None,
+        writer: Writer,
+        layers: Sequence[Layer],
+        tokens: str,
+        mask: str,
     ) -> None:
-        """`quantized`: the checkpoint's quantized matrices; the other arguments are those of `onnx_decoder.Flavour`."""
+        """Arguments other than the following are those of `onnx_decoder.Flavour`.
+
+        Args:
+            quantized: the checkpoint's quantized matrices.
+            output: returned by `output_matrix`.
+        """
         graph = writer.graph
         self._quantized = quantized
+        self._output = output
         self._writer = writer
         one, last_axis = graph.integer(1), graph.integers(-1)
         before_last = graph.op("Sub", graph.op("ReduceSum", mask, graph.integers(1), keepdims=0), one)  # (B,)
@@ -49,6 +64,23 @@ class FusedOperators:
         self._before_last = graph.op("Cast", before_last, to=TensorProto.INT32)
         self._total = graph.op("Cast", total, to=TensorProto.INT32)
         self._rotary = _rotary_tables(writer)
+
+    def embed(self, tokens: str) -> str:
+        if self._output is None or self._output.scheme.bits != 4 or not self._writer.config.tie_word_embeddings:
+            return look_up(self._writer, tokens)
+        graph = self._writer.graph
+        values, scales, found = self._stored(head_of(self._writer.config), self._output)
+        rows = graph.op("Reshape", values, graph.integers(*found.values.flatten(1).shape))
+        return graph.fused(
+            "GatherBlockQuantized",
+            rows,
+            tokens,
+            scales,
+            bits=found.bits,
+            block_size=found.size,
+            gather_axis=0,
+            quantize_axis=1,
+        )[0]
 
     def norm(self, name: str, states: str, update: str | None) -> tuple[str, str]:
         graph, epsilon = self._writer.graph, self._writer.config.rms_norm_eps
@@ -91,9 +123,7 @@ class FusedOperators:
     def head(self, normed: str) -> str:
         last = self._writer.graph.op("GatherND", normed, self._last, batch_dims=1)  # (B, 1, H)
         name = head_of(self._writer.config)
-        if not self._quantized or f"{name}.weight" in self._quantized:
-            return self._linear([name], last)
-        return self._product_of_blocks(name, round_to_nearest(self._writer.tensor(f"{name}.weight"), HEAD), last)
+        return self._linear([name], last) if self._output is None else self._product_of_blocks(name, self._output, last)
 
     def _norm_heads(self, prefix: str, layer: Layer, joined: str) -> list[str]:
         """Return queries, keys and values (B, S, heads * D) from the merged matrix; queries and keys normed by head."""
@@ -129,10 +159,17 @@ class FusedOperators:
         return self._product_of_blocks(joined, Quantized(scheme, values, scales), states)
 
     def _product_of_blocks(self, name: str, matrix: Quantized, states: str) -> str:
-        graph, found = self._writer.graph, blocked(matrix)
+        values, scales, found = self._stored(name, matrix)
+        return self._writer.graph.fused(
+            "MatMulNBits", states, values, scales, accuracy_level=_INT8, **found.attributes
+        )[0]
+
+    def _stored(self, name: str, matrix: Quantized) -> tuple[str, str, Blocked]:
+        """Return the initializers of values and scales."""
+        graph = self._writer.graph
+        found = blocked(matrix, _HEAD_BLOCK if matrix is self._output else BLOCK_SIZE)
         values = graph.weight(f"{name}.weight.values", found.values, torch.uint8)
-        scales = graph.weight(f"{name}.weight.scales", found.scales)
-        return graph.fused("MatMulNBits", states, values, scales, accuracy_level=_INT8, **found.attributes)[0]
+        return values, graph.weight(f"{name}.weight.scales", found.scales), found
 
     def _scheme(self, name: str) -> Scheme | None:
         header = self._quantized.get(f"{name}.weight")
@@ -140,6 +177,24 @@ class FusedOperators:
 
     def _weight(self, name: str) -> str:
         return self._writer.graph.weight(f"{name}.weight", self._writer.tensor(f"{name}.weight"))
+
+
+def output_matrix(
+    config: Any, quantized: Mapping[str, QuantizedHeader], tensor: Callable[[str], Tensor]
+) -> Quantized | None:
+    """Return the output matrix as the export stores it; None: unquantized, as no other matrix is.
+
+    Args:
+        quantized: the checkpoint's quantized matrices.
+        tensor: returns one of the checkpoint's tensors by name.
+    """
+    name = f"{head_of(config)}.weight"
+    if not quantized:
+        return None
+    if name in quantized:
+        return _read(quantized[name])
+    weight = tensor(name)
+    return lm_head.on_grid(weight) or round_to_nearest(weight, _HEAD)
 
 
 def head_of(config: Any) -> str:

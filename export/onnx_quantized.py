@@ -42,10 +42,10 @@ class Blocked:
         return {"K": self.columns, "N": len(self.values), "bits": self.bits, "block_size": self.size}
 
 
-def blocked(matrix: Quantized) -> Blocked:
-    """Return a matrix of integer values in the layout of MatMulNBits."""
+def blocked(matrix: Quantized, size: int = BLOCK_SIZE) -> Blocked:
+    """Return a matrix of integer values in the layout of MatMulNBits; `size`: of blocks, for rows with one scale."""
     bits, columns = matrix.scheme.bits, matrix.values.shape[1]
-    size = matrix.scheme.group_size or BLOCK_SIZE
+    size = matrix.scheme.group_size or size
     blocks = -(-columns // size)
     raised = pad(matrix.values.to(torch.int16), (0, blocks * size - columns)) + 2 ** (bits - 1)
     values = raised.to(torch.uint8).unflatten(1, (blocks, size))

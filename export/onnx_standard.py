@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from numprune.export.onnx_decoder import BOOL, EMBEDDING, FLOAT, INT64, Layer, Writer, activate, rotary_frequencies
+from numprune.export.onnx_decoder import (
+    BOOL,
+    EMBEDDING,
+    FLOAT,
+    INT64,
+    Layer,
+    Writer,
+    activate,
+    look_up,
+    rotary_frequencies,
+)
 from numprune.export.onnx_graph import Graph
 
 
@@ -29,6 +39,9 @@ class StandardOperators:
         self._kept = graph.input("logits_to_keep", INT64, ["kept"])
         masks, positions = _masks_and_positions(graph, tokens, mask, {layer.window for layer in layers})
         self._shared = Shared(masks, *_rotary(writer, positions))
+
+    def embed(self, tokens: str) -> str:
+        return look_up(self._writer, tokens)
 
     def norm(self, name: str, states: str, update: str | None) -> tuple[str, str]:
         if update is not None:

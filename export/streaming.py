@@ -8,7 +8,7 @@ import mmap
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from numprune.export.weights import read_rows, slabs
 from numprune.hidden import Narrowing
 from numprune.layers import Entered, Head, enter, leave, unscale
 from numprune.processes import ALONE, Processes
+from numprune.quantization.lm_head import last_norm
 from numprune.surgery import skeleton
 from numprune.tasks import Task
 from numprune.tensors import tensor_table
@@ -124,13 +125,27 @@ class CheckpointLayers:
         """Write tensors of a model of the same class, by their names in it."""
         writer.add(checkpoint.stored_tensors(self._skeleton, tensors))
 
-    def copy_around(self, writer: ShardWriter, narrowing: Narrowing | None = None) -> None:
+    @contextmanager
+    def last_norm(self) -> Iterator[nn.Module]:
+        """Yield the norm after the last layer of a decoder."""
+        with self._filled(self._parameters([self.anatomy.final_gain])):
+            yield last_norm(self._skeleton)
+
+    def copy_around(
+        self,
+        writer: ShardWriter,
+        narrowing: Narrowing | None = None,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Write the tensors outside the layers: embedding, last norm, output matrix.
 
-        `narrowing`: of the residual stream; None: the tensors are unchanged.
+        Args:
+            narrowing: of the residual stream; None: the tensors are unchanged.
+            rounded: maps rows of the output matrix, (n, H), to those written; None: they are unchanged.
         """
         left = set() if narrowing and narrowing.rotation is not None else set(self._skeleton.all_tied_weights_keys)
         gain = self._read(self.anatomy.final_gain).float() if narrowing else None
+        output = self._output_matrix() if rounded else None
         for name, names in self._names.items():
             if name in left or self.anatomy.is_in_layers(name):
                 continue
@@ -140,7 +155,15 @@ class CheckpointLayers:
                 if narrowing is not None and gain is not None:
                     shape = (*shape[:-1], len(narrowing.kept))
                     parts = (narrowing.around(name, part.float(), gain, self.anatomy) for part in parts)
+                if rounded is not None and name == output:
+                    parts = map(rounded, parts)
                 writer.add_slabs(stored, shape, parts)
+
+    def _output_matrix(self) -> str:
+        """Return the name in the model of what is stored as the output matrix: the embedding, if tied to it."""
+        found = self._skeleton.get_output_embeddings().weight
+        name = next(name for name, value in self._skeleton.named_parameters(remove_duplicate=False) if value is found)
+        return self._skeleton.all_tied_weights_keys.get(name, name)
 
     @contextmanager
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[None]:

@@ -35,7 +35,7 @@ from numprune.byte_budget import MIXED, ByteBudget, parse
 from numprune.cache_budget import KvBudget, parse_kv
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export import checkpoint, compressed_tensors, manifest
+from numprune.export import checkpoint, compressed_tensors, genai, manifest
 from numprune.export.tasks import load_task
 from numprune.flows.in_memory import CalibrationRows, Model, Quantization, Training
 from numprune.flows.names import Dtype, ExportFormat, QuantizedTo
@@ -50,6 +50,7 @@ from numprune.options import PruneOptions, check_options, options_of
 from numprune.plans import Plan, read_plan
 from numprune.quantization import BlockSchemes, Scheme, check_quantizable, schemes_by_tensor
 from numprune.quantization.allocation import planned_schemes
+from numprune.quantization.lm_head import LmHeadBits
 from numprune.quantization.walk import Fit, check_target, quantize_model
 from numprune.recovery import RecoveryOptions, RecoveryRows, distill
 from numprune.shape import ShapeChoice, shapes_of
@@ -237,6 +238,7 @@ def quantize(
     rows: CalibrationRows | None = None,
     *,
     dense: Model | None = None,
+    lm_head_bits: LmHeadBits = 8,
 ) -> Model:
     """Return `model` with the weights of its layers in 8 or 4 bits; `model` and `dense` are not modified.
 
@@ -246,6 +248,8 @@ def quantize(
             by the plan of `model`, made with a budget for "mixed".
         rows: for GPTQ, which compensates rounding errors; None: each weight is rounded to the nearest value.
         dense: the unpruned model, to whose outputs GPTQ fits; None: to those of `model`.
+        lm_head_bits: of the output matrix when the model is exported to onnxruntime; 4 also rounds its values, and
+            those of an embedding tied to it, in the model.
 
     Raises:
         InputError: the model or this scheme is not supported, or `model` was not pruned from `dense`.
@@ -258,6 +262,9 @@ def quantize(
         scheme if isinstance(scheme, Scheme) else planned_schemes(quantizing.with_schemes(plan, model.folder))
     )
     check_quantizable(model.anatomy, schemes, plan.target.tensor_parallel if plan else 1)
+    matrices = schemes_by_tensor(model.anatomy, schemes)
+    genai.check_lm_head(model.network.config, set(matrices.values()), lm_head_bits)
+    lm_head_bits = lm_head_bits if matrices else 8
     dropped, hidden = (plan.dropped_layers(), plan.hidden) if plan else ([], None)
     if dense is not None:
         _refuse_quantized(dense, "dense")
@@ -266,14 +273,10 @@ def quantize(
         check_target(model.anatomy, dense.anatomy, dropped, hidden)
     target = ModelLayers(dense.network, dense.task) if dense else None
     coordinates = plan.coordinates() if plan and target else None
-    fit = (
-        Fit(rows.tokens, target, dropped, coordinates=coordinates)
-        if rows and schemes_by_tensor(model.anatomy, schemes)
-        else None
-    )
+    fit = Fit(rows.tokens, target, dropped, coordinates=coordinates) if rows and matrices else None
     scale_dtype = checkpoint.read_config(model.folder).dtype
-    network, matrices = quantize_model(model.network, schemes, fit, scale_dtype, model.task)
-    return replace(model, network=network, quantization=Quantization(schemes, matrices, rows))
+    network, quantized = quantize_model(model.network, schemes, fit, scale_dtype, model.task, lm_head_bits)
+    return replace(model, network=network, quantization=Quantization(schemes, quantized, rows, lm_head_bits))
 
 
 def save(model: Model, out: str | Path) -> Path:
@@ -303,6 +306,7 @@ def save(model: Model, out: str | Path) -> Path:
             folder,
             rows=tokens,
             draw=draw,
+            lm_head_bits=quantized.lm_head_bits,
             recovery=recovery,
         )
     elif recovery is not None:

@@ -83,6 +83,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
         "exact": len(results) == 1,
         "quantization": " or ".join(map(str, schemes)) or None,
+        "lm_head_bits": recipe.quantize.lm_head_bits if schemes else None,
         "bits_are_chosen": len(schemes) > 1,
         "after": [_after(result, anatomy, cast, saved(result)) for result in results]
         or ([] if unknown else [_aim(exported, options, counts, cast, saved(anatomy))]),
@@ -285,7 +286,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     several = len(found["after"]) > 1
     kind = "one of these, the cheapest by price" if several else ("exact" if found["exact"] else "the target")
     how = "each block kept or quantized to" if found["bits_are_chosen"] else "then quantized to"
-    then = f", {how} {found['quantization']}" if found["quantization"] else ""
+    head = ", the output matrix to 4 bits" if found["lm_head_bits"] == 4 else ""
+    then = f", {how} {found['quantization']}{head}" if found["quantization"] else ""
     if found["budget_time"] is not None:
         yield f"budget {found['budget_time']}, among sizes that are {found['timed']}"
     limits = [f"budget {found['budget_bytes']:,} bytes"] if found["budget_bytes"] else []

@@ -13,6 +13,7 @@ from numprune.budget import Budget, budget_of
 from numprune.export.tasks import AnyTask
 from numprune.plans import Draw, Plan
 from numprune.quantization import BlockSchemes, Quantized, Scheme
+from numprune.quantization.lm_head import LmHeadBits
 from numprune.quantization.schemes import listed
 from numprune.recovery import Recovered, RecoveryOptions
 
@@ -38,11 +39,13 @@ class Quantization:
         schemes: one for all blocks, or that of each quantized block by its name.
         matrices: name -> the quantized weight.
         rows: for the calibration of GPTQ; None: each weight was rounded to the nearest value.
+        lm_head_bits: of the output matrix in an export to onnxruntime.
     """
 
     schemes: BlockSchemes
     matrices: Mapping[str, Quantized]
     rows: CalibrationRows | None
+    lm_head_bits: LmHeadBits = 8
 
     def __str__(self) -> str:
         return listed([self.schemes] if isinstance(self.schemes, Scheme) else self.schemes.values())

@@ -87,6 +87,11 @@ class Recipe(Section):
             raise ValueError(
                 f"prune.basis = {self.prune.basis!r}: it has an effect only with prune.hidden_size; leave it out"
             )
+        if self.quantize.lm_head_bits != 8 and self.quantize.scheme == "none":
+            raise ValueError(
+                f"quantize.lm_head_bits = {self.quantize.lm_head_bits}: it has an effect only with a quantize.scheme; "
+                "leave it out"
+            )
         if self.learn.learning_rate != LEARNING_RATE and self.learn.variant == "faster":
             raise ValueError(
                 f"learn.learning_rate = {self.learn.learning_rate}: it is that of the weights, which "

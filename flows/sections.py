@@ -332,12 +332,14 @@ class Quantize(Section):
     """How the pruned weights are stored: `scheme` "none" leaves them unchanged. See numprune.quantization.
 
     "mixed": each block in the stored precision, in w8a8 or in w4a16, as `prune.budget` decides. `group_size`: channels
-    that share a scale in w4a16; the other schemes have a scale per row.
+    that share a scale in w4a16; the other schemes have a scale per row. `lm_head_bits`: of the output matrix in the
+    export onnxruntime; with 4, its values are rounded in the checkpoint, too (numprune.quantization.lm_head).
     """
 
     scheme: QuantizedTo = "none"
     method: QuantizationMethod = "gptq"
     group_size: Literal[32, 64, 128] = 128
+    lm_head_bits: Literal[4, 8] = 8
 
     @property
     def channels_per_scale(self) -> int | None:

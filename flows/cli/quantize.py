@@ -48,6 +48,15 @@ def add(commands: Subcommands) -> None:
         help=f"channels that share a scale, with --scheme w4a16: {', '.join(map(str, names.GROUP_SIZES))} "
         f"(default: {_GROUP_SIZE}; with mixed, the plan's)",
     )
+    parser.add_argument(
+        "--lm-head-bits",
+        type=int,
+        choices=names.LM_HEAD_BITS,
+        default=8,
+        metavar="N",
+        help="of the output matrix when exported to onnxruntime: 4 also rounds its values, and those of an embedding "
+        "tied to it, in OUT (default: 8)",
+    )
     add_choice(
         parser,
         "--method",
@@ -94,7 +103,8 @@ def quantize(args: argparse.Namespace) -> Answer:
     group = args.group_size or (_GROUP_SIZE if args.scheme == "w4a16" else None)
     schemes = schemes_of(args.scheme, group, source)
     dense = checkpoint.resolve(args.dense) if args.dense else None
-    check_request(source, schemes, dense, args.tensor_parallel)
+    bits = args.lm_head_bits
+    check_request(source, schemes, dense, args.tensor_parallel, bits)
     manifest.sweep(args.out.parent)
     rows, draw = None, None
     if args.method == "gptq":
@@ -102,7 +112,9 @@ def quantize(args: argparse.Namespace) -> Answer:
         tokenizer, how = checkpoint.load_tokenizer(source), reading(args, args.text)
         task = load_task(source)
         rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how, task=task)
-    facts = quantize_checkpoint(source, schemes, args.out, device_of("auto"), rows=rows, draw=draw, dense=dense)
+    facts = quantize_checkpoint(
+        source, schemes, args.out, device_of("auto"), rows=rows, draw=draw, dense=dense, lm_head_bits=bits
+    )
     data = {
         "out": str(args.out),
         "method": args.method,
@@ -111,7 +123,8 @@ def quantize(args: argparse.Namespace) -> Answer:
         "peak_memory_bytes": peak_memory_bytes(),
     }
     found = compressed_tensors.quantization_in(args.out)
-    told = f"{found}, {args.method}" if found else "a copy, since the plan quantizes no block"
+    head = ", output matrix rounded to 4 bits" if facts["lm_head_bits"] == 4 else ""
+    told = f"{found}, {args.method}{head}" if found else "a copy, since the plan quantizes no block"
     text = (
         f"{args.out}: {told}; weights {size(data['weight_bytes_before'])} -> "
         f"{size(data['weight_bytes_after'])}; in {data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}"

@@ -372,7 +372,7 @@ def make_quantized(
 
     schemes, where = schemes_of(asked.scheme, asked.channels_per_scale, source.path), torch.device(device)
     if asked.method == "rtn":
-        found = quantize_checkpoint(source.path, schemes, out / CHECKPOINT, where)
+        found = quantize_checkpoint(source.path, schemes, out / CHECKPOINT, where, lm_head_bits=asked.lm_head_bits)
     else:
         tokens, draw = load_calibration(rows.path)
         found = quantize_checkpoint(
@@ -383,6 +383,7 @@ def make_quantized(
             rows=tokens,
             draw=draw,
             dense=target_of(source.path, dense.path),
+            lm_head_bits=asked.lm_head_bits,
         )
     return QuantizedCheckpoint(method=asked.method, **found)
 

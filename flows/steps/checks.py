@@ -4,6 +4,7 @@ import importlib
 import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from numprune.learning import check_learning
 from numprune.options import PruneOptions, check_options
 from numprune.pictures import Picture
 from numprune.quantization import GROUP_SIZES, Scheme, check_quantizable
+from numprune.quantization.lm_head import check_groups
 from numprune.recovery.rows import require_others
 from numprune.scenario import parse_time
 from numprune.search.refine import check_searchable
@@ -172,7 +174,7 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
             problems.append(
                 f"evaluate.tasks: only causal language models answer tasks; the model is for {anatomy.task}; omit it"
             )
-        problems += _quantization(recipe, anatomy, config.dtype)
+        problems += _quantization(recipe, anatomy, config)
         problems += [*_encoders(recipe, anatomy), *_images(recipe, anatomy)]
         if isinstance(task, ImageCodes):
             problems += generators.problems(recipe, task, base, config)
@@ -419,7 +421,7 @@ def _servers(recipe: Recipe, anatomy: Anatomy, task: Task | None) -> list[str]:
     return problems
 
 
-def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -> list[str]:
+def _quantization(recipe: Recipe, anatomy: Anatomy, config: Any) -> list[str]:
     """Problems that keep the result from being quantized or run."""
     if recipe.quantize.scheme == "none":
         return []
@@ -437,11 +439,23 @@ def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -
             f"quantize.group_size = {asked.channels_per_scale}: does not divide the model's hidden_size "
             f"{anatomy.hidden_size}; {remedy}"
         )
+    if asked.lm_head_bits == 4:
+        try:
+            genai.check_lm_head(config, schemes, 4)
+            for size in _hidden_sizes(recipe):
+                check_groups(size)
+        except InputError as error:
+            problems.append(f"quantize.{error}")
+        if "onnxruntime" not in recipe.export.targets:
+            problems.append(
+                "quantize.lm_head_bits = 4: only the export onnxruntime stores 4 bits; add it to export.targets, or "
+                "leave lm_head_bits out"
+            )
     formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
     if "vllm" in formats:
         for scheme in schemes:
             try:
-                check_quantized(scheme, dtype, recipe.target.device)
+                check_quantized(scheme, config.dtype, recipe.target.device)
             except InputError as error:
                 problems.append(f"{where}: {error}")
     if recipe.export.dtype != "auto":
@@ -453,6 +467,14 @@ def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -
             f"{where}: the graph of the export onnx rounds no activations; choose w4a16, or export onnxruntime instead"
         )
     return problems
+
+
+def _hidden_sizes(recipe: Recipe) -> Iterator[int]:
+    """The hidden sizes that the model may be pruned to, or if masks choose it, one that divides all of theirs."""
+    asked = recipe.prune.hidden_size
+    yield from asked if isinstance(asked, list) else [asked]
+    if HIDDEN_SIZE in recipe.prune.axes:
+        yield lcm(recipe.sizes().align, recipe.sizes().quantization_group)
 
 
 def _served_in(recipe: Recipe) -> Iterator[str]:

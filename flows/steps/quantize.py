@@ -13,7 +13,7 @@ from numprune.blocks import Anatomy
 from numprune.byte_budget import LEVELS, MIXED, SchemeName
 from numprune.dtypes import name_of
 from numprune.errors import InputError, IntegrityError
-from numprune.export import card_changes, checkpoint, compressed_tensors, files, manifest
+from numprune.export import card_changes, checkpoint, compressed_tensors, files, genai, manifest
 from numprune.export.config import write_config
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
@@ -30,6 +30,7 @@ from numprune.quantization.compressed_tensors import (
     tensors_of,
 )
 from numprune.quantization.compressed_tensors import dtypes_of as dtypes_of_parts
+from numprune.quantization.lm_head import LmHeadBits, moments_of, rounding
 from numprune.quantization.walk import Fit, check_target, quantize_layers
 from numprune.renumber import renumber_tensors
 from numprune.target import not_split
@@ -45,6 +46,7 @@ def quantize_checkpoint(
     rows: Tensor | None = None,
     draw: Draw | None = None,
     dense: Path | None = None,
+    lm_head_bits: LmHeadBits = 8,
 ) -> dict[str, Any]:
     """Write the quantized `source` to the new folder `out`; return the figures. One layer is in memory at a time.
 
@@ -53,30 +55,32 @@ def quantize_checkpoint(
         rows: (N, S) int64 calibration tokens for GPTQ; None rounds each weight separately.
         draw: the source of the rows.
         dense: the model that `source` was pruned from, whose residual stream is the target; None: its own.
+        lm_head_bits: 4 rounds the output matrix, too (numprune.quantization.lm_head).
 
     Raises:
         InputError: `out` exists, or the model, rows or dense model cannot be used.
         IntegrityError: a file is damaged.
     """
-    check_request(source, schemes, dense)
+    check_request(source, schemes, dense, lm_head_bits=lm_head_bits)
     config, plan = checkpoint.read_config(source), plan_of(source)
     anatomy = read_anatomy(config)
+    matrices = schemes_by_tensor(anatomy, schemes)
+    lm_head_bits = lm_head_bits if matrices else 8
     parents = {"base": manifest.folder_digest(source)} | ({"dense": manifest.folder_digest(dense)} if dense else {})
-    facts = _facts(anatomy, schemes, rows, draw)
+    facts = _facts(anatomy, schemes, rows, draw, lm_head_bits)
     with manifest.creating(out, kind="checkpoint", parents=parents, facts={"quantization": facts}) as folder:
         layers = CheckpointLayers(source, scratch=folder, device=device)
         target = CheckpointLayers(dense, scratch=folder, device=device) if dense else None
-        matrices = schemes_by_tensor(anatomy, schemes)
         dropped, coordinates = (plan.dropped_layers(), plan.coordinates()) if plan and dense else ([], None)
         fit = Fit(rows, target, dropped, coordinates=coordinates) if matrices and rows is not None else None
-        _write(layers, schemes, folder, fit)
+        _write(layers, schemes, folder, fit, lm_head_bits)
         checkpoint.copy_around_weights(config, source, folder)
         if matrices:
-            card_changes.set_quantization(folder, _set_config(config, matrices, folder))
+            card_changes.set_quantization(folder, _set_config(config, matrices, folder), lm_head_bits)
         checkpoint.audit(folder)
         _check_budget(anatomy, plan, schemes, checkpoint.weight_bytes(folder))
     return {
-        **{name: facts[name] for name in ("scheme", "group_size", "bits")},
+        **{name: facts[name] for name in ("scheme", "group_size", "bits", "lm_head_bits")},
         "digest": manifest.read(out).digest,
         "weight_bytes_before": checkpoint.weight_bytes(source),
         "weight_bytes_after": checkpoint.weight_bytes(out),
@@ -93,6 +97,7 @@ def write_quantized(
     *,
     rows: Tensor | None = None,
     draw: Draw | None = None,
+    lm_head_bits: LmHeadBits = 8,
     recovery: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model that was quantized in memory to the new folder `out`, as `quantize_checkpoint` does.
@@ -102,7 +107,7 @@ def write_quantized(
         schemes: that its blocks were quantized to.
         base: the checkpoint that it was made from.
         plan: by which it was pruned before; None: it was not.
-        rows, draw: as for `quantize_checkpoint`.
+        rows, draw, lm_head_bits: as for `quantize_checkpoint`.
         recovery: how it was trained in memory before, for the manifest; None: it was not.
 
     Raises:
@@ -111,7 +116,7 @@ def write_quantized(
     """
     anatomy = read_anatomy(model.config)
     parents = {"base": manifest.folder_digest(base)}
-    facts: dict[str, Any] = {"quantization": _facts(anatomy, schemes, rows, draw)}
+    facts: dict[str, Any] = {"quantization": _facts(anatomy, schemes, rows, draw, lm_head_bits)}
     if plan is not None:
         facts |= plan_facts(plan)
     if recovery is not None:
@@ -139,7 +144,7 @@ def write_quantized(
         if recovery is not None:
             card_changes.set_training(folder, card_changes.distilled(recovery))
         if quantized is not None:
-            card_changes.set_quantization(folder, quantized)
+            card_changes.set_quantization(folder, quantized, lm_head_bits)
         checkpoint.audit(folder)
         _check_budget(anatomy, plan or plan_of(base), schemes, checkpoint.weight_bytes(folder))
 
@@ -178,12 +183,19 @@ def with_schemes(plan: Plan | None, source: Path) -> Plan:
     return plan
 
 
-def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None, tensor_parallel: int = 1) -> None:
+def check_request(
+    source: Path,
+    schemes: BlockSchemes,
+    dense: Path | None = None,
+    tensor_parallel: int = 1,
+    lm_head_bits: LmHeadBits = 8,
+) -> None:
     """Refuse a quantization that is not supported, or that the given number of GPUs cannot share.
 
     Raises InputError.
     """
-    anatomy = read_anatomy(checkpoint.read_config(source))
+    config = checkpoint.read_config(source)
+    anatomy = read_anatomy(config)
     compressed_tensors.refuse_quantized(source, "quantization")
     if faults := not_split(anatomy, tensor_parallel):
         raise InputError(
@@ -191,6 +203,7 @@ def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None
             f"again with --tensor-parallel {tensor_parallel}"
         )
     check_quantizable(anatomy, schemes, tensor_parallel)
+    genai.check_lm_head(config, [schemes] if isinstance(schemes, Scheme) else schemes.values(), lm_head_bits)
     if dense is not None:
         compressed_tensors.refuse_quantized(dense, "--dense")
         plan = plan_of(source)
@@ -229,9 +242,12 @@ def _named(anatomy: Anatomy, schemes: BlockSchemes) -> dict[str, Any]:
     return {"scheme": MIXED, "group_size": max(sizes, default=None), "bits": bits}
 
 
-def _facts(anatomy: Anatomy, schemes: BlockSchemes, rows: Tensor | None, draw: Draw | None) -> dict[str, Any]:
+def _facts(
+    anatomy: Anatomy, schemes: BlockSchemes, rows: Tensor | None, draw: Draw | None, lm_head_bits: LmHeadBits
+) -> dict[str, Any]:
     """Return the manifest's facts about the quantization."""
-    facts = {**_named(anatomy, schemes), "method": "rtn" if rows is None else "gptq"}
+    method = "rtn" if rows is None else "gptq"
+    facts = {**_named(anatomy, schemes), "method": method, "lm_head_bits": lm_head_bits}
     if rows is not None:
         facts |= {"rows": rows.shape[0], "sequence_length": rows.shape[1]}
         facts |= {"draw": draw.model_dump(mode="json") if draw else None}
@@ -261,20 +277,27 @@ def _check_budget(anatomy: Anatomy, plan: Plan | None, schemes: BlockSchemes, fo
         )
 
 
-def _write(layers: CheckpointLayers, schemes: BlockSchemes, folder: Path, fit: Fit | None) -> None:
+def _write(
+    layers: CheckpointLayers, schemes: BlockSchemes, folder: Path, fit: Fit | None, lm_head_bits: LmHeadBits
+) -> None:
     """Write the weights."""
     scale_dtype = main_dtype(layers.stored)
     matrices = schemes_by_tensor(layers.anatomy, schemes)
     full = {name: DTYPES[header.dtype] for name, header in layers.stored.items()}
     with writing(folder, _quantized_dtypes(full, matrices, scale_dtype)) as writer:
-        layers.copy_around(writer)
 
         def sink(quantized: Any, rest: Any) -> None:
             for name, matrix in quantized.items():
                 writer.add(tensors_of(name, matrix, scale_dtype))
             layers.write(rest, writer)
 
-        quantize_layers(layers, schemes, sink, fit, scale_dtype)
+        leaving = quantize_layers(layers, schemes, sink, fit, scale_dtype)
+        rounded = None
+        if lm_head_bits == 4:
+            with layers.last_norm() as norm:
+                moments = None if leaving is None else moments_of(norm, leaving, layers.device)
+            rounded = rounding(moments)
+        layers.copy_around(writer, rounded=rounded)
 
 
 def _set_config(config: Any, schemes: Mapping[str, Scheme], folder: Path) -> QuantizationConfig:

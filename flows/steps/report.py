@@ -160,6 +160,7 @@ def quantization_section(quantized: QuantizedCheckpoint) -> dict[str, Any]:
         "scheme": quantized.scheme,
         "group_size": quantized.group_size,
         "bits": quantized.bits,
+        "lm_head_bits": quantized.lm_head_bits,
         "method": quantized.method,
         "weight_bytes": {"baseline": quantized.weight_bytes_before, "candidate": quantized.weight_bytes_after},
     }

@@ -176,12 +176,14 @@ class QuantizedCheckpoint:
         digest: of its manifest.
         scheme: of all blocks, or "mixed".
         bits: of the weights of each block, by its name, if they differ.
+        lm_head_bits: of the output matrix in the export onnxruntime.
     """
 
     digest: str
     scheme: str
     group_size: int | None
     bits: dict[str, int]
+    lm_head_bits: int
     method: str
     weight_bytes_before: int
     weight_bytes_after: int

@@ -29,7 +29,7 @@ def gptq(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype = torc
         gram: (D, D) float64, E[x x^T] of the inputs; centred if a bias takes the mean.
         dtype: stored data type of the scales.
     """
-    hessian = damped(gram, _DAMPING)
+    hessian = damped_hessian(gram)
     scales = scales_of(weight, scheme, dtype)
     steps = per_channel(scales, weight.shape[1]).double()
     order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -37,19 +37,29 @@ def gptq(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype = torc
     def rounded(column: Tensor, index: int) -> Tensor:
         return on_grid(column / steps[:, index], scheme) * steps[:, index]
 
-    return stored(on_grid(error_feedback(weight, hessian, order, rounded) / steps, scheme), scales, scheme)
+    passed_on = error_feedback(weight, feedback_factor(hessian, order), order, rounded)
+    return stored(on_grid(passed_on / steps, scheme), scales, scheme)
 
 
-def error_feedback(weight: Tensor, hessian: Tensor, order: Tensor, rounded: Callable[[Tensor, int], Tensor]) -> Tensor:
+def damped_hessian(gram: Tensor) -> Tensor:
+    """Return H for inputs with these second moments (D, D), positive definite."""
+    return damped(gram, _DAMPING)
+
+
+def feedback_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Return U of `hessian` (D, D), float64 and positive definite, with its columns in this order."""
+    return cholesky(spd_inverse(hessian[order[:, None], order])).T
+
+
+def error_feedback(weight: Tensor, factor: Tensor, order: Tensor, rounded: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Return the weight (out, D) with every column rounded after the errors of the preceding ones are passed on.
 
     Args:
         weight: float64.
-        hessian: (D, D) float64, positive definite.
+        factor: returned by `feedback_factor` for this order.
         order: (D,) columns, first to last.
         rounded: maps a column (out,) and its index to its rounded value.
     """
-    factor = cholesky(spd_inverse(hessian[order[:, None], order])).T
     columns = weight.T[order].contiguous()  # (D, out): a column is contiguous
     for start in range(0, len(order), _BLOCK):
         stop = min(start + _BLOCK, len(order))

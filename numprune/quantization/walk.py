@@ -17,6 +17,7 @@ from numprune.plans import HiddenPlan
 from numprune.progress import progress
 from numprune.quantization.blocks import BlockFit
 from numprune.quantization.linears import linear_of, projections
+from numprune.quantization.lm_head import LmHeadBits, last_norm, moments_of, rounding
 from numprune.quantization.rounding import Quantized, round_inputs_of, round_to_nearest
 from numprune.quantization.schemes import BlockSchemes, of_block
 from numprune.renumber import layers_left
@@ -86,8 +87,10 @@ def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int], hidd
 @torch.no_grad()
 def quantize_layers(
     layers: Layers, schemes: BlockSchemes, sink: Sink, fit: Fit | None = None, dtype: torch.dtype = torch.float32
-) -> None:
+) -> Tensor | None:
     """Quantize the blocks' projections; pass the tensors of each decoder layer to `sink`, first layer first.
+
+    Returns, with `fit`, what leaves the last layer, (N, S, H).
 
     With `fit`, by GPTQ: inputs come from the quantized layers before, and each block's last projection is first fitted
     to bring the residual stream to that of the target (compensation.py, *residual*), then rounded with the same second
@@ -119,6 +122,7 @@ def quantize_layers(
             matrices = {f"{at}.{path}.weight": matrix for path, matrix in quantized.items()}
             rest = {f"{at}.{name}": tensor for name, tensor in layer.state_dict().items()}
             sink(matrices, {name: tensor for name, tensor in rest.items() if name not in matrices})
+    return None if steps is None else steps.stream.hidden
 
 
 def quantize_model(
@@ -127,10 +131,11 @@ def quantize_model(
     fit: Fit | None = None,
     dtype: torch.dtype = torch.float32,
     task: Task = CAUSAL,
+    lm_head_bits: LmHeadBits = 8,
 ) -> tuple[PreTrainedModel, dict[str, Quantized]]:
     """Return a copy of `model` with quantized computation, and the quantized weights by name.
 
-    Arguments and errors are those of `quantize_layers`.
+    Arguments and errors are those of `quantize_layers`; `lm_head_bits` 4 rounds the output matrix, see lm_head.py.
     """
     result = copy.deepcopy(model)
     matrices: dict[str, Quantized] = {}
@@ -140,28 +145,36 @@ def quantize_model(
         state = {name: matrix.dequantized() for name, matrix in found.items()} | dict(rest)
         result.load_state_dict(state, strict=False)  # of one layer
 
-    quantize_layers(CopiedLayers(model, task), schemes, sink, fit, dtype)
+    leaving = quantize_layers(CopiedLayers(model, task), schemes, sink, fit, dtype)
+    if lm_head_bits == 4:
+        moments = None if leaving is None else moments_of(last_norm(result), leaving, result.device)
+        head = result.get_output_embeddings().weight
+        head.data = rounding(moments)(head.data)
     for name, matrix in matrices.items():
         round_inputs_of(result.get_submodule(name.removesuffix(".weight")), matrix.scheme)
     return result, matrices
 
 
 class _Fitting:
-    """The streams of the quantized model and of its target, side by side."""
+    """The streams of the quantized model and of its target, side by side.
+
+    Attributes:
+        stream: of the quantized model.
+    """
 
     def __init__(self, layers: Layers, schemes: BlockSchemes, fit: Fit, dtype: torch.dtype) -> None:
         check_rows(layers.anatomy, fit.rows)
         self._schemes, self._fit = schemes, fit
         row = fit.rows.shape[1:]
         self._walker = Walker(layers, row, fit.batch_size)
-        self._stream = self._walker.embed(fit.rows)
+        self.stream = self._walker.embed(fit.rows)
         if fit.target is None:
-            self._target, self._target_stream = self._walker, self._walker.copy(self._stream)
+            self._target, self._target_stream = self._walker, self._walker.copy(self.stream)
         else:
             self._target = Walker(fit.target, row, fit.batch_size)
             self._target_stream = self._target.embed(fit.rows)
-        self._aims = layers.allocate(*self._stream.hidden.shape)  # the desired output of a block, (N, S, H)
-        self._blocks = BlockFit(self._walker, self._stream, self._aims, dtype)
+        self._aims = layers.allocate(*self.stream.hidden.shape)  # the desired output of a block, (N, S, H)
+        self._blocks = BlockFit(self._walker, self.stream, self._aims, dtype)
         left = layers_left(self._target.layers.anatomy.layers, fit.dropped)
         self._numbers = dict(enumerate(left))  # layer -> its index in the target
         self._next = 0  # of the target's layers
@@ -190,7 +203,7 @@ class _Fitting:
                 continue
             # Only now, because the target may be this very layer.
             quantized |= self._blocks.quantize(layer, block, of_block(self._schemes, block.name))
-            self._walker.advance(layer, block, self._stream)
+            self._walker.advance(layer, block, self.stream)
         return quantized
 
     def _aim(self, dense: nn.Module, block: Block) -> None:
@@ -199,7 +212,7 @@ class _Fitting:
         for batch, run in self._target.run(dense, block, self._target_stream):
             aim = self._kept(run.output).to(self._aims.device)
             if not block.norm_behind:
-                aim = aim + (self._kept(self._target_stream.hidden[batch]) - self._stream.hidden[batch]) / scale
+                aim = aim + (self._kept(self._target_stream.hidden[batch]) - self.stream.hidden[batch]) / scale
             self._aims[batch] = aim
             self._target_stream.write(batch, run.after)
 

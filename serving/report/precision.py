@@ -41,10 +41,11 @@ def quantized(found: Quantization) -> str:
     if sizes.baseline == sizes.candidate:
         return "The budget leaves every block in its stored precision: no weight was quantized."
     each = ", ".join(f"{count} block{'' if count == 1 else 's'} in {bits} bits" for bits, count in _counts(found))
+    head = " The values of the output matrix are rounded to 4 bits." if found.lm_head_bits == 4 else ""
     to = "the bits chosen for each block" if found.scheme == "mixed" else found.scheme
     return (
         f"After pruning, the weights of the layers were quantized to {to}{groups}, by {found.method}: "
-        f"{f'{each}; ' if each else ''}{words.size(sizes.baseline)} → {words.size(sizes.candidate)}."
+        f"{f'{each}; ' if each else ''}{words.size(sizes.baseline)} → {words.size(sizes.candidate)}.{head}"
     )
 
 

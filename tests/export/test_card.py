@@ -166,7 +166,7 @@ def test_quality_that_other_weights_had_is_not_kept(tiny_checkpoint: Checkpoint,
     assert quantization is not None
     changes: list[Callable[[], None]] = [
         lambda: card_changes.set_training(folder, "distilled"),
-        lambda: card_changes.set_quantization(folder, quantization),
+        lambda: card_changes.set_quantization(folder, quantization, 4),
         lambda: card_changes.set_precision(folder),
     ]
     for change in changes:

@@ -18,6 +18,7 @@ from numprune.export.runtimes import open_runtime
 from numprune.export.runtimes.ort_fused import ROOM
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.quantization import BlockSchemes, Scheme
+from numprune.quantization.lm_head import LmHeadBits
 from tests.conftest import TINY, recast
 from tests.export.networks import NETWORKS, SIZES, error, per_layer
 
@@ -164,10 +165,10 @@ INT4, INT8 = Scheme("w4a16", 32), Scheme("w8a8")
 MIXED = {"layers.0.attention": INT4, "layers.0.mlp": INT8, "layers.1.mlp": INT4, "layers.3.attention": INT8}
 
 
-def quantized(base: Path, schemes: BlockSchemes) -> Path:
+def quantized(base: Path, schemes: BlockSchemes, lm_head_bits: LmHeadBits = 8) -> Path:
     name = schemes.name if isinstance(schemes, Scheme) else "mixed"
     out = base.with_name(f"{base.name}-{name}")
-    quantize_checkpoint(base, schemes, out, torch.device("cpu"))
+    quantize_checkpoint(base, schemes, out, torch.device("cpu"), lm_head_bits=lm_head_bits)
     return out
 
 
@@ -211,6 +212,27 @@ def test_genai_generates_what_our_runtime_does_of_quantized_layers_that_differ(
     if schemes is MIXED:
         assert bits_of_products(tmp_path / "out") == [4, 4, 8, 8, 16, 16, 4, 4, 16, 16, 8, 8, 16, 16, 8]
     runtime, steps, prompt = open_runtime("onnxruntime", tmp_path / "out", device="cpu", threads=1), 16, text(base, 24)
+    found = [runtime.prefill(prompt[None], last_only=True)[0, -1].argmax()]
+    while len(found) < steps:
+        found.append(runtime.decode(found[-1].reshape(1, 1))[0].argmax())
+    assert generated(tmp_path / "out", [prompt], steps) == [[int(token) for token in found]]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_matrix_in_4_bits(tiny_checkpoint: Checkpoint, tmp_path: Path, tied: bool) -> None:
+    """A tied embedding is stored once, in 4 bits, too; the runtimes compute what PyTorch does with the same values."""
+    base = quantized(tiny_checkpoint(tie_word_embeddings=tied), INT8, lm_head_bits=4)
+    made = genai.export(base, tmp_path / "out")
+    assert made.facts["rounded"]["output_matrix"] == "int4"
+    parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)
+    graph = onnx_format.load(tmp_path / "out" / onnx.MODEL_FILE, load_external_data=False).graph
+    assert bits_of_products(tmp_path / "out")[-1] == 4
+    looked_up = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
+    assert len(looked_up) == tied
+    vocabulary, hidden = TINY["vocab_size"], TINY["hidden_size"]
+    whole = [one.name for one in graph.initializer if list(one.dims) == [vocabulary, hidden]]
+    assert whole == ([] if tied else ["model.embed_tokens.weight"])
+    runtime, steps, prompt = open_runtime("onnxruntime", tmp_path / "out", device="cpu", threads=1), 8, text(base, 24)
     found = [runtime.prefill(prompt[None], last_only=True)[0, -1].argmax()]
     while len(found) < steps:
         found.append(runtime.decode(found[-1].reshape(1, 1))[0].argmax())

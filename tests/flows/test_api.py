@@ -80,13 +80,13 @@ def test_a_pruned_model_is_quantized_and_saved_as_the_command_does(tiny: Path, t
     pruned = numprune.prune(model, rows, numprune.PruneOptions(0.25, allocation="error"))
     before = {name: value.clone() for name, value in pruned.network.state_dict().items()}
     scheme = numprune.Scheme("w8a8")
-    quantized = numprune.quantize(pruned, scheme, rows, dense=model)
+    quantized = numprune.quantize(pruned, scheme, rows, dense=model, lm_head_bits=4)
     assert all(torch.equal(value, before[name]) for name, value in pruned.network.state_dict().items())
     lost = numprune.evaluate(quantized, tiny / "heldout.jsonl", baseline=pruned, sequence_length=64).loss_delta
     assert 0 < abs(lost.value) < 0.1
 
     out = numprune.save(quantized, tmp_path / "quantized")
-    manifest.verify(out)
+    assert manifest.verify(out).facts["quantization"]["lm_head_bits"] == 4
     assert "| quantization | weights of the layers: w8a8" in (out / "README.md").read_text(encoding="utf-8")
     assert pruned.plan is not None
     assert numprune.read_plan(out / "numprune_plan.json").sizes() == pruned.plan.sizes()
@@ -99,7 +99,8 @@ def test_a_pruned_model_is_quantized_and_saved_as_the_command_does(tiny: Path, t
 
     source = numprune.save(pruned, tmp_path / "pruned")
     commanded = tmp_path / "commanded"
-    quantize_checkpoint(source, scheme, commanded, torch.device("cpu"), rows=rows.tokens, dense=tiny / "base")
+    fit = {"rows": rows.tokens, "dense": tiny / "base"}
+    quantize_checkpoint(source, scheme, commanded, torch.device("cpu"), **fit, lm_head_bits=4)
     for name in ("config.json", "README.md"):
         assert (out / name).read_bytes() == (commanded / name).read_bytes()
     require_equal_tensors(out, commanded)
@@ -150,6 +151,8 @@ def test_what_cannot_be_trained_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_was_not_pruned_is_quantized_without_text(tiny: Path, tmp_path: Path) -> None:
     model = numprune.load(tiny / "base")
+    with pytest.raises(InputError, match=r"^lm_head_bits is 4, which only the export onnxruntime .*FP8"):
+        numprune.quantize(model, numprune.Scheme("fp8"), lm_head_bits=4)
     out = numprune.save(numprune.quantize(model, numprune.Scheme("fp8")), tmp_path / "quantized")
     quantize_checkpoint(tiny / "base", numprune.Scheme("fp8"), tmp_path / "commanded", torch.device("cpu"))
     assert (out / "config.json").read_bytes() == (tmp_path / "commanded" / "config.json").read_bytes()

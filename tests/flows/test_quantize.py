@@ -19,6 +19,7 @@ from numprune.export import checkpoint, manifest
 from numprune.flows import names
 from numprune.flows.cli import main
 from numprune.quantization import GROUP_SIZES, SCHEMES, Method, Scheme, SchemeName
+from numprune.quantization.lm_head import LmHeadBits
 from tests.flows.faults import wait_until
 
 Checkpoint = Callable[..., Path]
@@ -39,6 +40,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[s
 def test_names_match_the_core() -> None:
     assert (names.Scheme, names.QuantizationMethod, names.GROUP_SIZES) == (SchemeName, Method, GROUP_SIZES)
     assert set(get_args(names.QuantizedTo)) == set(LEVELS)
+    assert get_args(LmHeadBits) == names.LM_HEAD_BITS
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -108,6 +110,7 @@ def test_a_pruned_model_is_quantized_against_the_dense_model(
             "parallel 64 does not divide layer 0",
         ),
         (("--scheme", "int4", "--method", "rtn"), "fp8"),
+        (("--scheme", "fp8", "--method", "rtn", "--lm-head-bits", 4), "lm_head_bits is 4, which only the export"),
     ],
 )
 def test_impossible_requests_are_refused_before_any_reading(

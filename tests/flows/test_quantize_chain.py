@@ -31,7 +31,9 @@ QUANTIZED = ("quantize.scheme=w4a16", "quantize.group_size=32")
 def published(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The release of a run whose quantize stage was killed first; not to be written to."""
     folder = tmp_path_factory.mktemp("quantized")
-    added = '[quantize]\nscheme = "w4a16"\ngroup_size = 32\n[export]\ntargets = ["vllm", "onnxruntime"]\n'
+    added = (
+        '[quantize]\nscheme = "w4a16"\ngroup_size = 32\nlm_head_bits = 4\n[export]\ntargets = ["vllm", "onnxruntime"]\n'
+    )
     recipe_path = write_inputs(folder, build_tiny().bfloat16(), RECIPE + added) / "recipe.toml"
     workspace = folder / "w"
     kill_in(folder / "control", "quantize", "write", command(recipe_path, workspace))
@@ -47,6 +49,7 @@ def test_the_release_holds_the_quantized_checkpoint_and_describes_it(published: 
     report = reports.read(published / "report.json")
     assert report.quantization is not None
     assert (report.quantization.scheme, report.quantization.group_size) == ("w4a16", 32)
+    assert report.quantization.lm_head_bits == 4
     schemes = checkpoint.quantized(checkpoint.audit(published / "checkpoint"))
     assert len(schemes) == 2 * 7
     assert {str(scheme) for scheme in schemes.values()} == {"w4a16, groups of 32"}
@@ -58,13 +61,14 @@ def test_the_release_holds_the_quantized_checkpoint_and_describes_it(published: 
     assert report.sizes.weight_bytes.candidate == checkpoint.weight_bytes(published / "checkpoint")
     assert report.quantization.weight_bytes.baseline == checkpoint.weight_bytes(pruned)
     assert report.parity["vllm"]["format"]["matrices"] == 14  # type: ignore[call-overload, index]
-    rounded = {"weights": "w4a16, groups of 32", "activations": "int8", "output_matrix": "int8"}
+    rounded = {"weights": "w4a16, groups of 32", "activations": "int8", "output_matrix": "int4"}
     assert report.parity["onnxruntime"]["rounded"] == rounded
     sides = report.speed["onnxruntime"].runtime
     assert (sides["candidate"]["rounded"], "rounded" in sides["baseline"]) == (rounded, False)
     assert report.identity.exports["onnxruntime"] == manifest.read(published / "onnxruntime").digest
     text = (published / "report.md").read_text()
     assert "quantized to w4a16, 32 channels per scale, by gptq" in text
+    assert "The values of the output matrix are rounded to 4 bits." in text
     assert "of which by quantization" in text
     assert "of which by quantization" in (published / "report.html").read_text()
 
@@ -163,6 +167,14 @@ def test_a_damaged_quantized_checkpoint_is_blocked(published: Path, tmp_path: Pa
         (
             ["quantize.scheme=fp8", "export.targets=['onnxruntime']"],
             r"quantize\.scheme: onnxruntime: .* no FP8 weights",
+        ),
+        (
+            ["quantize.scheme=fp8", "quantize.lm_head_bits=4"],
+            r"quantize\.lm_head_bits is 4, .*; use 8: .* no FP8 weights(?s:.*)lm_head_bits = 4: only the export",
+        ),
+        (
+            ["quantize.scheme=w8a8", "quantize.lm_head_bits=4", "prune.hidden_size=48"],
+            r"quantize\.lm_head_bits is 4: groups of 32 do not divide .* hidden_size 48; use 8",
         ),
         ([*QUANTIZED, "target.tensor_parallel=4"], r"prune: layers\.0\.attention: none of its sizes"),
         ([*QUANTIZED, "export.targets=['tensorrt']"], r"'w4a16': engines are built only from unquantized checkpoints"),

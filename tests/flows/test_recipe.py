@@ -255,6 +255,11 @@ def test_a_learning_rate_of_weights_that_are_not_trained_is_refused(minimal: Pat
         load(minimal, asked)
 
 
+def test_bits_of_an_output_matrix_beside_unquantized_weights_are_refused(minimal: Path) -> None:
+    with pytest.raises(InputError, match=r"quantize\.lm_head_bits = 4: it has an effect only with a quantize\.scheme"):
+        load(minimal, ["quantize.lm_head_bits=4"])
+
+
 def test_a_recipe_with_every_default_written_out_is_accepted(minimal: Path) -> None:
     found = load(minimal)
     assert Recipe.model_validate(found.model_dump()) == found

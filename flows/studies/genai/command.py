@@ -26,7 +26,7 @@ from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.quantize import check_request, quantize_checkpoint
 from numprune.flows.steps.text import calibration_rows, text_rows
 from numprune.flows.studies.arguments import add_heldout, add_model, out_folder, parser_of, run, write_results
-from numprune.flows.studies.genai.contenders import BUILDER, CONTENDERS, SCHEMES, TORCH, Contender, Precision, make
+from numprune.flows.studies.genai.contenders import BUILDER, CONTENDERS, SCHEMES, TORCH, Contender, make
 from numprune.progress import Progress
 from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.estimators import paired_ratio
@@ -115,8 +115,10 @@ def _study(args: argparse.Namespace) -> str:
         )
     if args.sequence_length > context:
         raise InputError(f"--sequence-length is {args.sequence_length}; the model takes at most {context} tokens")
-    for scheme in SCHEMES.values():
-        check_request(base, scheme)
+    sources = dict.fromkeys(one.source for one in contenders)
+    for precision, bits in sources:
+        if precision in SCHEMES:
+            check_request(base, SCHEMES[precision], lm_head_bits=bits)
     tokenizer, length = checkpoint.load_tokenizer(base), args.sequence_length
     rows, draw = calibration_rows(args.calibration or EMBEDDED, tokenizer, args.samples, length, 0, Reading())
     heldout = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading())
@@ -128,12 +130,13 @@ def _study(args: argparse.Namespace) -> str:
     prompt = [token for row in scored for token in row][: args.prompt_length]
     threads = args.threads or processors.quota() or os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="numprune-genai-") as scratch:
-        checkpoints: dict[Precision, Path] = {"float32": base}
-        for precision, scheme in SCHEMES.items():
-            if any(one.precision == precision and one.maker != BUILDER for one in contenders):
+        checkpoints = dict.fromkeys(sources, base)
+        for precision, bits in sources:
+            if scheme := SCHEMES.get(precision):
                 print(f"genai: quantizing to {scheme}", file=sys.stderr)
-                out = checkpoints[precision] = Path(scratch) / precision
-                children.call(quantize_checkpoint, base, scheme, out, device_of("cpu"), rows=rows, draw=draw)
+                out = checkpoints[precision, bits] = Path(scratch) / f"{precision}-{bits}"
+                where = device_of("cpu")
+                children.call(quantize_checkpoint, base, scheme, out, where, rows=rows, draw=draw, lm_head_bits=bits)
         folders = {}
         for one in contenders:
             print(f"genai: making {one.name}", file=sys.stderr)
@@ -145,7 +148,8 @@ def _study(args: argparse.Namespace) -> str:
         f"{model_name(args.model)} on {counted(threads, 'thread')} of {machine.cpu}; a prompt of "
         f"{counted(len(prompt), 'token')}, then {args.steps} decoded one by one; medians of {args.repeats} turns in "
         f"random order; NLL of {sum(len(row) - 1 for row in scored):,} held-out tokens; numprune's int8 and int4 are "
-        f"w8a8 and w4a16 (groups of 64) by GPTQ on {counted(args.samples, 'row')} of {length} tokens."
+        f"w8a8 and w4a16 (groups of 64) by GPTQ on {counted(args.samples, 'row')} of {length} tokens, with the output "
+        "matrix rounded to 8 bits, or to 4 by GPTQ."
     )
     text = markdown(results, conditions)
     write_results(args.out, "genai", text, _record(results, machine, args))

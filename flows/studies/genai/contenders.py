@@ -10,9 +10,12 @@ from typing import Literal
 from numprune.errors import MissingRuntime
 from numprune.export import genai, onnx
 from numprune.quantization import Scheme
+from numprune.quantization.lm_head import LmHeadBits
 
 Precision = Literal["float32", "int8", "int4"]
 Program = Literal["torch", "onnxruntime", "onnxruntime-genai"]
+
+Source = tuple[Precision, LmHeadBits]
 
 BUILDER = "genai's builder"
 TORCH = "PyTorch, eager"
@@ -30,18 +33,26 @@ class Contender:
         precision: of the weights.
         program: the runtime.
         options: of the builder.
+        lm_head_bits: of the output matrix in numprune's quantized exports.
     """
 
     maker: str
     precision: Precision
     program: Program
     options: tuple[tuple[str, str], ...] = ()
+    lm_head_bits: LmHeadBits = 8
 
     @property
     def name(self) -> str:
         options = ", ".join(f"{key}={value}" for key, value in self.options) or "default settings"
-        suffix = {BUILDER: f", {options}", "numprune": f", in {self.program}"}.get(self.maker, "")
+        head = ", lm_head_bits=4" if self.lm_head_bits == 4 else ""
+        suffix = {BUILDER: f", {options}", "numprune": f"{head}, in {self.program}"}.get(self.maker, "")
         return f"{self.maker}, {self.precision}{suffix}"
+
+    @property
+    def source(self) -> Source:
+        """The checkpoint that is exported; the builder quantizes the model itself."""
+        return ("float32" if self.maker == BUILDER else self.precision), self.lm_head_bits
 
 
 # The builder's settings that can make decoding on a CPU faster: larger blocks have fewer scales.
@@ -55,6 +66,8 @@ CONTENDERS = (
     Contender("numprune", "int8", "onnxruntime"),
     Contender("numprune", "int4", "onnxruntime"),
     Contender("numprune", "int4", "onnxruntime-genai"),
+    Contender("numprune", "int4", "onnxruntime", lm_head_bits=4),
+    Contender("numprune", "int4", "onnxruntime-genai", lm_head_bits=4),
     Contender(BUILDER, "float32", "onnxruntime-genai"),
     Contender(BUILDER, "float32", "onnxruntime-genai", (_LAST_ONLY,)),
     Contender(BUILDER, "int8", "onnxruntime-genai"),
@@ -64,22 +77,23 @@ CONTENDERS = (
 )
 
 
-def make(contender: Contender, checkpoints: Mapping[Precision, Path], scratch: Path) -> Path:
+def make(contender: Contender, checkpoints: Mapping[Source, Path], scratch: Path) -> Path:
     """Return the contender's folder, created in `scratch` once.
 
     Args:
-        checkpoints: by precision: the model and its quantized versions.
+        checkpoints: the model and its quantized versions.
 
     Raises MissingRuntime with the builder's last lines if it fails.
     """
-    source = checkpoints[contender.precision]
+    source = checkpoints[contender.source]
     if contender.program == "torch":
         return source
-    parts = (contender.maker, contender.precision, *(value for _, value in contender.options))
+    options = (str(contender.lm_head_bits), *(value for _, value in contender.options))
+    parts = (contender.maker, contender.precision, *options)
     out = scratch / "-".join(parts).replace(" ", "-").replace("'", "")
     if not out.exists():
         if contender.maker == BUILDER:
-            _build(contender, checkpoints["float32"], out)
+            _build(contender, source, out)
         elif contender.maker == "numprune":
             genai.export(source, out)
         else:

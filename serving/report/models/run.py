@@ -317,12 +317,14 @@ class Recovery(Model):
 class Quantization(Model):
     """How the pruned weights are stored (see numprune.quantization).
 
-    `bits`: of the weights of each block, if the scheme is mixed; `weight_bytes`: before and after.
+    `bits`: of the weights of each block, if the scheme is mixed; `lm_head_bits`: of the output matrix in the export
+    onnxruntime; `weight_bytes`: before and after.
     """
 
     scheme: str
     group_size: Count | None = None
     bits: dict[str, Count] = Field(default={})
+    lm_head_bits: Count = 8
     method: str
     weight_bytes: SizePair
 

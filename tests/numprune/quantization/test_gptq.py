@@ -5,7 +5,7 @@ import torch
 
 from numprune.linalg import spd_inverse
 from numprune.quantization import SCHEMES, Scheme, round_to_nearest
-from numprune.quantization.gptq import error_feedback, gptq
+from numprune.quantization.gptq import error_feedback, feedback_factor, gptq
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -58,10 +58,11 @@ def test_with_correlations_gptq_beats_rounding(name: str) -> None:
 def test_rounding_columns_to_zero_is_the_obs_update() -> None:
     dense, gram = weight(200), correlated(200)
     removed, kept = torch.arange(0, 200, 3), torch.arange(200)[torch.arange(200) % 3 > 0]
+    order = torch.cat([removed, kept])
     found = error_feedback(
         dense,
-        gram,
-        torch.cat([removed, kept]),
+        feedback_factor(gram, order),
+        order,
         lambda column, index: torch.zeros_like(column) if index % 3 == 0 else column,
     )
     inverse = spd_inverse(gram)
