@@ -79,13 +79,15 @@ class Key(_Part):
 
     Attributes:
         runtime: "roofline": the times are estimates.
+        implementation: of layers of different sizes in vLLM: "plug-in", or "stock" if vLLM has none.
         device: name of the CPU or GPU.
         quantization: scheme of the weights; "none".
         shape: of the model's layers.
     """
 
-    runtime: Annotated[str, Field(pattern=r"^(torch|onnxruntime|roofline)$")]
+    runtime: Annotated[str, Field(pattern=r"^(torch|onnxruntime|vllm|roofline)$")]
     versions: dict[str, str]
+    implementation: Literal["plug-in", "stock"] | None = None
     device: str
     threads: int
     dtype: str

@@ -24,7 +24,7 @@ from numprune.options import PruneOptions, check_options
 from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
 from numprune.scenario import parse_scenario, parse_time
 from numprune.serving.benchmark import run_benchmark
-from numprune.serving.benchmark.visits import QUIET, Runtime, Timed, weighted_medians
+from numprune.serving.benchmark.visits import QUIET, Runtime, Timed, in_turn, weighted_medians
 from numprune.serving.report import LatencyBudget, Milliseconds
 from numprune.target import Target
 from numprune.time_budget import TimeBudget
@@ -33,6 +33,7 @@ from numprune.timings import Time, TimingTable, check_key
 logger = logging.getLogger(__name__)
 
 _CORRECTIONS = 3
+_VISITS = 6  # of each side, in vLLM
 _METRICS = {"decode": "itl", "prefill": "ttft", "forward": "latency"}  # of the benchmark, by what is timed
 
 
@@ -159,7 +160,7 @@ def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> Lat
 def _measured(runtime: Runtime, base: Path, pruned: Path, timed: Timed, scratch: Path) -> dict[str, Milliseconds]:
     """Return the latency of each side."""
     sides = {"baseline": base, "candidate": pruned}
-    ms = _benchmarked(runtime, sides, timed, scratch)
+    ms = in_turn(runtime, sides, timed, _VISITS) if runtime.vllm else _benchmarked(runtime, sides, timed, scratch)
     return {side: _median(values, side) for side, values in ms.items()}
 
 

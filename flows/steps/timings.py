@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.configs import pruned_config
-from numprune.errors import EnvironmentInvalid, MissingRuntime
-from numprune.export import checkpoint, compressed_tensors, disk, manifest, precision, processors, random_weights
+from numprune.errors import EnvironmentInvalid, InputError, MissingRuntime
+from numprune.export import checkpoint, compressed_tensors, disk, manifest, precision, processors, random_weights, vllm
 from numprune.export.runtimes import device_of
+from numprune.families import FAMILIES
 from numprune.flows.names import CAUSAL_LM, TIMINGS
 from numprune.flows.sections import BlockTimings
 from numprune.flows.stages import code_version
@@ -26,6 +27,7 @@ from numprune.flows.steps.training import alone_in
 from numprune.progress import Progress, progress
 from numprune.scenario import Scenario, check_scenario, parse_scenario
 from numprune.serving.benchmark.client import Worker
+from numprune.serving.benchmark.load import Load
 from numprune.serving.benchmark.visits import (
     Runtime,
     Timed,
@@ -37,7 +39,10 @@ from numprune.serving.benchmark.visits import (
     visit,
     weighted_medians,
 )
+from numprune.serving.benchmark.vllm.engines import ahead
 from numprune.serving.report import capture, package_versions, replace
+from numprune.serving.vllm import environment
+from numprune.serving.vllm.environment import INSTALL, Environment
 from numprune.target import Target
 from numprune.timed_models import TimedModel, TimedModels, Weights, check_measurable, within_layers
 from numprune.timings import BlockTime, Key, ScenarioTimes, Time, TimingTable, shape_of, sizes_to_time
@@ -51,7 +56,7 @@ class Request:
     """What to measure.
 
     Attributes:
-        runtime: "torch" or "onnxruntime".
+        runtime: "torch", "onnxruntime" or "vllm".
         scenarios: to time each block in.
         target: of the pruned model; sizes it does not support are not measured.
         sizes: of each kind of block.
@@ -77,8 +82,9 @@ def key_of(base: Path, runtime: str, quantization: str = "none", tensor_parallel
     used, anatomy = runtime_of(base, runtime), read_anatomy(checkpoint.read_config(base))
     return Key(
         runtime=runtime,
-        versions=package_versions(_PACKAGES[runtime]),
-        device=torch.cuda.get_device_name() if used.device == "cuda" else capture().cpu,
+        versions=_versions(used.vllm) if used.vllm else package_versions(_PACKAGES[runtime]),
+        implementation=_implementation(anatomy) if used.vllm else None,
+        device=_device_name(used),
         threads=torch.get_num_threads() if runtime == "torch" else processors.count(),
         dtype=used.dtype,
         quantization=quantization,
@@ -92,13 +98,35 @@ def runtime_of(base: Path, name: str) -> Runtime:
 
     Raises InputError, MissingRuntime.
     """
-    return Runtime(name, device_of(name), precision_of(base, name, precision.AUTO))
+    served = environment.find() if name == "vllm" else None
+    device = device_of(name) if served is None else "cpu" if served.cpu else "cuda"
+    return Runtime(name, device, precision_of(base, name, precision.AUTO), served)
+
+
+def _versions(found: Environment) -> dict[str, str]:
+    return {"vllm": found.version, **({"numprune-vllm": found.plugin} if found.plugin else {})}
+
+
+def _implementation(anatomy: Anatomy) -> Literal["plug-in", "stock"]:
+    """Return which classes vLLM builds layers of different sizes with."""
+    return "plug-in" if FAMILIES[anatomy.family].vllm.per_layer else "stock"
+
+
+def _device_name(used: Runtime) -> str:
+    if used.device == "cpu":
+        return capture().cpu
+    if used.vllm is None:
+        return torch.cuda.get_device_name()
+    found = capture(uses_gpu=True)  # vLLM's environment has its own torch
+    if found.gpu is None:
+        raise EnvironmentInvalid("; ".join(found.reasons))
+    return found.gpu.name
 
 
 def check_request(base: Path, asked: Request) -> None:
     """Refuse a request that `measure` does not support. Raises InputError, MissingRuntime."""
     compressed_tensors.refuse_quantized(base, "timing of blocks")
-    if not package_versions(_PACKAGES[asked.runtime]):
+    if asked.runtime != "vllm" and not package_versions(_PACKAGES[asked.runtime]):
         raise MissingRuntime(
             f'runtime {asked.runtime} is not installed; pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"'
         )
@@ -108,9 +136,27 @@ def check_request(base: Path, asked: Request) -> None:
         encoder_load(anatomy, asked.runtime, {})
     for scenario in asked.scenarios:
         load = timed_in(scenario, anatomy).load()
-        check_scenario(scenario, anatomy, load.positions)
-    sizes_to_time(anatomy, asked.target, asked.sizes)
-    runtime_of(base, asked.runtime)
+        extra = ahead(load) if asked.runtime == "vllm" and isinstance(load, Load) else 0
+        check_scenario(scenario, anatomy, load.positions + extra)
+    used = runtime_of(base, asked.runtime)
+    if used.vllm:
+        _check_served(base, used.vllm, TimedModels(anatomy, sizes_to_time(anatomy, asked.target, asked.sizes), 2))
+    else:
+        sizes_to_time(anatomy, asked.target, asked.sizes)
+
+
+def _check_served(base: Path, found: Environment, timed: TimedModels) -> None:
+    """Raises InputError, MissingRuntime unless vLLM runs every model that is timed."""
+    config, head = checkpoint.read_config(base), timed.anatomy.head_dim
+    vllm.check_settings(config)
+    if found.cpu and head not in vllm.CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, vllm.CPU_HEAD_SIZES))
+        raise InputError(f"timings: vLLM's CPU kernels have heads of {sizes}, and the model's have {head}; use a GPU")
+    for model in timed.models:
+        built, dropped = timed.built(model)
+        facts = vllm.preflight(pruned_config(config, built, dropped=dropped))
+        if facts["plugin"] and found.plugin is None:
+            raise MissingRuntime(f"timings: {found.python.parent.parent} lacks the plug-in numprune-vllm; {INSTALL}")
 
 
 def measure(base: Path, asked: Request, scratch: Path) -> TimingTable:
@@ -195,7 +241,8 @@ class _Run:
         dtype = precision.DTYPES[self.key.dtype]
         with _temporary(folder) as source:
             random_weights.write_random(source, self._config(model), self.base, dtype, self.asked.seed)
-            export_format = exported_as(self.runtime.name, [source], self.key.dtype)
+            # vLLM loads the checkpoint, whose weights have this precision already.
+            export_format = exported_as(self.runtime.name, [source], self.key.dtype) if not self.runtime.vllm else None
             if export_format is None:
                 source.rename(folder)
             else:

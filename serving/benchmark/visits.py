@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from numprune.errors import EnvironmentInvalid
+from numprune.progress import Progress
 from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.contention import WAITED_SHARE, waited_share
 from numprune.serving.benchmark.estimators import paired_ratio
@@ -22,8 +23,10 @@ from numprune.serving.benchmark.passes import Passes
 from numprune.serving.benchmark.samples import Repeat
 from numprune.serving.benchmark.scheduler import ThreadTimes
 from numprune.serving.benchmark.shapes import EncoderLoad
+from numprune.serving.benchmark.vllm.engines import engine_options, start_engine
 from numprune.serving.report import Environment as Machine
-from numprune.serving.report import combine
+from numprune.serving.report import capture, combine
+from numprune.serving.vllm.environment import Environment
 
 # A drift that is smaller than this, or that chance explains, widens the intervals: visits are spread over the run.
 DRIFT = 0.05
@@ -55,27 +58,37 @@ class Timed:
 
 @dataclass(frozen=True)
 class Runtime:
-    """The runtime of every model, its device ("auto", "cpu" or "cuda") and precision; torch decodes eagerly."""
+    """The runtime of every model, its device ("auto", "cpu" or "cuda") and precision; torch decodes eagerly.
+
+    `vllm`: the environment with vLLM, if it is the runtime.
+    """
 
     name: str
     device: str
     dtype: str
+    vllm: Environment | None = None
 
     def start(self) -> AbstractContextManager[Worker]:
         """Start the worker that `visit` needs."""
-        return start_worker(f"timings in {self.name}", _TIMEOUT_S)
+        name = f"timings in {self.name}"
+        return start_engine(self.vllm, name, _TIMEOUT_S) if self.vllm else start_worker(name, _TIMEOUT_S)
 
     def load(self, worker: Worker, folder: Path, loads: Sequence[Load | EncoderLoad]) -> int:
         """Load the model in `folder` for all loads; returns its vocabulary. Raises as `visit`."""
-        opened = worker.ask(
-            "load",
-            folder=str(folder),
-            runtime=self.name,
-            device=self.device,
-            threads=None,
-            dtype=self.dtype,
-            encoder=any(isinstance(load, EncoderLoad) for load in loads),
-        )
+        if self.vllm:
+            generated = [load for load in loads if isinstance(load, Load)]
+            options = engine_options(self.vllm, folder, generated, self.dtype)
+            opened = worker.ask("load", folder=str(folder), options=options)
+        else:
+            opened = worker.ask(
+                "load",
+                folder=str(folder),
+                runtime=self.name,
+                device=self.device,
+                threads=None,
+                dtype=self.dtype,
+                encoder=any(isinstance(load, EncoderLoad) for load in loads),
+            )
         return int(opened["vocabulary"])
 
 
@@ -108,6 +121,27 @@ def _latencies(phase: str, answers: Sequence[Mapping[str, Any]]) -> list[float]:
         return [one.latency_ms for one in Passes.from_json(answers[0]).passes[1:]]
     batches = [Repeat.from_json(answer).batches[0] for answer in answers]
     return batches[0].itl_ms[_WARM:] if phase == "decode" else [batch.ttft_ms for batch in batches[1:]]
+
+
+def in_turn(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, visits: int) -> dict[str, list[float]]:
+    """Return the milliseconds of each side in every visit, made in turn: A B B A …
+
+    Raises:
+        EnvironmentInvalid: the machine is busy, or its GPU throttles.
+        InputError, MissingRuntime, WorkerError: as `visit`.
+    """
+    found: dict[str, list[Visit]] = {name: [] for name in sides}
+    total = len(sides) * visits
+    with runtime.start() as worker, Progress(total, f"latencies ({runtime.name})", "visit") as bar:
+        before = capture(uses_gpu=runtime.device == "cuda", own_processes=[worker.pid])
+        for number in range(visits):
+            for name, folder in [*sides.items()][:: -1 if number % 2 else 1]:
+                found[name].append(visit(worker, runtime, folder, {"": timed}))
+                bar.update()
+        after = capture(uses_gpu=runtime.device == "cuda", own_processes=[worker.pid])
+    check_quiet(one for made in found.values() for one in made)
+    check_state(before, after)
+    return {name: [one.ms[""] for one in made] for name, made in found.items()}
 
 
 def check_state(before: Machine, after: Machine) -> None:

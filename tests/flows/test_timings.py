@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
-from numprune.errors import DiskError, EnvironmentInvalid, InputError
+from numprune.configs import pruned_config
+from numprune.errors import DiskError, EnvironmentInvalid, InputError, MissingRuntime
 from numprune.export import checkpoint, disk, locks, manifest
 from numprune.export.files import CARD
+from numprune.export.random_weights import write_random
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.chain import learn, time_blocks
 from numprune.flows.names import LEARNED, ROOFLINE, TIMINGS, TRAINING_LOCK
@@ -25,17 +27,21 @@ from numprune.flows.steps import bodies, timed_prune, timings
 from numprune.flows.steps.estimates import estimate_key
 from numprune.flows.steps.report import pruning_section
 from numprune.flows.steps.results import TimedCheckpoint
-from numprune.flows.steps.timings import Request, key_of, measure
+from numprune.flows.steps.timings import Request, key_of, measure, runtime_of
 from numprune.plans import PLAN_FILE, read_plan
 from numprune.scenario import Scenario, parse_scenario
 from numprune.serving.benchmark import visits
 from numprune.serving.benchmark.scheduler import ThreadTimes
 from numprune.serving.benchmark.visits import Runtime, Visit
+from numprune.serving.vllm import environment
+from numprune.serving.vllm.environment import Environment
+from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
 from numprune.time_budget import TimeBudget
 from numprune.timings import BlockTime, ScenarioTimes, Time, TimingTable, read_timings
 from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.conftest import RECIPE, Answered, write_inputs
+from tests.serving.releases import require_vllm
 
 Command = Callable[..., Answered]
 DECODE = "decode,b=1,ctx=16"
@@ -557,6 +563,44 @@ def test_forward_passes_are_really_measured(numprune: Command, tmp_path: Path, m
     assert [len(times) for times in read_timings(table).times("forward,b=2").blocks.values()] == [2, 2]
 
 
+@pytest.mark.vllm
+def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really measured: the dense model, and one whose layers differ."""
+    found = require_vllm()
+    assert found.plugin
+    monkeypatch.setenv("NUMPRUNE_VLLM", str(found.python.parent.parent))
+    ignore_noise(monkeypatch)
+    base = write_checkpoint(build_tiny(head_dim=32), tmp_path / "base")
+    anatomy = read_anatomy(checkpoint.read_config(base))
+    sizes = {block.name: Size(1, 1 + block.layer) for block in anatomy.of_kind("attention")}
+    sizes |= {block.name: Size(32) for block in anatomy.of_kind("mlp")}
+    smaller = pruned_config(checkpoint.read_config(base), anatomy.keeping(sizes))
+    write_random(tmp_path / "smaller", smaller, base, torch.float32)
+    used = runtime_of(base, "vllm")
+    assert used == Runtime("vllm", "cpu" if found.cpu else "cuda", "float32", found)
+    decode, prefill = visits.Timed("decode", 3, 16), visits.Timed("prefill", 2, 40)
+    with used.start() as worker:  # importing vLLM takes long
+        made = visits.visit(worker, used, base, {"decode": decode, "prefill": prefill})
+        monkeypatch.setattr(Runtime, "start", lambda _: nullcontext(worker))
+        ms = visits.in_turn(used, {"base": base, "smaller": tmp_path / "smaller"}, decode, 1)
+    assert made.ms.keys() == {"decode", "prefill"}
+    assert {name: len(found) for name, found in ms.items()} == {"base": 1, "smaller": 1}
+    assert min(*made.ms.values(), *ms["base"], *ms["smaller"], made.threads.ran_s) > 0
+
+
+def test_a_table_of_vllm_names_its_version_and_plug_in(
+    tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Environment(tmp_path / "bin" / "python", "0.32.0", cpu=True, plugin="0.1.0", router=None)
+    monkeypatch.setattr(environment, "find", lambda: found)
+    base = write_checkpoint(build_tiny(head_dim=32), tmp_path / "base")
+    table = measure(base, asked(runtime="vllm", sizes=2), tmp_path)
+    assert table.key == key_of(base, "vllm")
+    assert (table.key.implementation, table.key.versions) == ("plug-in", {"vllm": "0.32.0", "numprune-vllm": "0.1.0"})
+    assert table.key.dtype == "float32"
+    assert table.times(DECODE).around.ms == pytest.approx(AROUND_MS)
+
+
 def test_an_estimate_chooses_sizes_and_says_everywhere_that_it_is_one(
     numprune: Command, inputs: Path, tmp_path: Path
 ) -> None:
@@ -615,3 +659,24 @@ def test_the_stage_of_a_recipe_estimates(numprune: Command, inputs: Path, tmp_pa
     answered = numprune("plan", inputs / "recipe.toml", *(part for one in asked for part in ("--set", one)))
     assert answered.code == 0, answered.err
     assert "among sizes that are estimated for L4, not measured" in answered.out
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "plugin", "says"),
+    [
+        ("llama", {"head_dim": 32}, None, "lacks the plug-in numprune-vllm"),
+        ("llama", {"head_dim": 16}, "0.1.0", "heads of 32, 64, 80"),
+        ("imagegpt", {}, "0.1.0", "vLLM does not run imagegpt"),
+        ("bert", {}, "0.1.0", "vllm times generation"),
+    ],
+)
+def test_models_that_vllm_cannot_time_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: Any, plugin: str | None, says: str
+) -> None:
+    found = Environment(tmp_path / "bin" / "python", "0.32.0", cpu=True, plugin=plugin, router=None)
+    monkeypatch.setattr(environment, "find", lambda: found)
+    base = write_checkpoint(build_tiny(family, **changes), tmp_path / "base")
+    scenario = parse_scenario(FORWARD if family == "bert" else DECODE)
+    with pytest.raises((InputError, MissingRuntime), match=says):
+        measure(base, asked(runtime="vllm", scenarios=[scenario]), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

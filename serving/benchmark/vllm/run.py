@@ -78,7 +78,7 @@ def run_served(
     # Always passed to vLLM: by default it would convert float32 to half precision.
     dtypes = {name: dtype or precision.name_of(config.dtype) for name, config in configs.items()}
     common = [*_common_options(environment, load, len(folders)), *options]
-    variables = _threads(environment)
+    variables = threads_of(environment)
     with ExitStack() as stack:
         meter, energy = open_meter(on_gpu=not environment.cpu)
         bench = stack.enter_context(start_bench(environment, baseline, load, meter))
@@ -163,8 +163,8 @@ def _common_options(environment: Environment, load: ServedLoad, servers: int) ->
     ]
 
 
-def _threads(environment: Environment) -> dict[str, str]:
-    """Environment for servers on few CPUs. User settings take precedence.
+def threads_of(environment: Environment) -> dict[str, str]:
+    """Environment variables for vLLM on few CPUs. User settings take precedence.
 
     With its worker bound to one of two CPUs, vLLM's engine spun on the other for the whole request, which left no CPU
     to send or time the tokens.
