@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from numprune.anatomy import image_shape
+from numprune.anatomy import family_of, image_shape
 from numprune.errors import InputError, reason
 from numprune.export import files
 from numprune.images import Processor
@@ -48,9 +48,11 @@ def load_processor(folder: Path, config: Any) -> Processor:
             f"code from the folder is not run; if {used} gives the same pixels, declare it instead"
         )
     if made[1:] != shape:
+        patches = family_of(config).patches
+        remedy = "; positions are not interpolated: set its sizes to image_size" if patches and patches.square else ""
         raise InputError(
             f"{found[0]}: gives images of shape {list(made[1:])}, but config.json says num_channels and image_size of "
-            f"{list(shape)}; they do not belong together"
+            f"{list(shape)}; they do not belong together{remedy}"
         )
     return processor
 

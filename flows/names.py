@@ -11,7 +11,7 @@ Criterion = Literal[
     "numerical", "numerical-newton", "obs", "taylor", "flap", "dimap", "wanda", "magnitude", "random", "frequency"
 ]
 Allocation = Literal["uniform", "global", "error"]
-Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels", "hidden-size"]
+Axis = Literal["kv-groups", "query-heads", "qk-dims", "channels", "experts", "expert-channels", "hidden-size"]
 Basis = Literal["fisher", "coordinates"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
 Refine = Literal["none", "search"]

@@ -273,12 +273,16 @@ def _layer_blocks(family: Family, config: "PreTrainedConfig", layer: _Layer) -> 
     head, channel = Extent(head_dim), Extent(1)
     extents: dict[Part, Extent] = {"query": Extent(head_dim, divided=True), "key": head, "value": head}
     extents |= {"gate": channel, "up": channel, "inner": channel}
+    groups, members = kv_heads, heads // kv_heads
+    if family.attention.scores is not None:
+        members = _dims_of_scores(family.attention.scores, sizes, number) or head_dim
+        extents |= dict.fromkeys(("query", "key"), Extent(1, divided=True))
 
     def block(kind: Kind, wiring: Wiring, field: str, size: Size, beside: bool = False) -> Block:
         size = GONE if kind in skipped else size
         return _block(family, wiring, config, layer, kind, field, size, extents, beside)
 
-    attention = block("attention", family.attention, family.kv_heads or family.heads, Size(kv_heads, heads // kv_heads))
+    attention = block("attention", family.attention, family.kv_heads or family.heads, Size(groups, members))
     yield replace(attention, sliding=_attention_differs(config) and config.layer_types[number] == "sliding_attention")
     if family.experts is None or not family.experts.are_in(number, config):
         mlp = family.mlp_of(config)
@@ -303,6 +307,15 @@ def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int,
         raise InputError(f"{where}{family.heads}={heads} is not a multiple of {family.kv_heads}={kv_heads}")
     head_dim = getattr(sizes, "head_dim", None) or hidden // heads
     return heads, kv_heads, head_dim, _width(family, sizes, where)
+
+
+def _dims_of_scores(field: str, sizes: Any, layer: int) -> int | None:
+    """Return the dimensions of queries and keys in one layer's configuration; None: those of a head."""
+    if not sizes.model_type.startswith(PER_LAYER_PREFIX):
+        return None
+    require_sizes(sizes, field, where=f"layer {layer}: ", optional=True)
+    found: int | None = getattr(sizes, field, None)
+    return found
 
 
 def _width(family: Family, sizes: Any, where: str) -> int:
@@ -377,6 +390,7 @@ def _block(
         norm_behind=wiring.norm_behind,
         post_norms=wiring.norms if wiring.post_norm else (),
         scale=wiring.scale,
+        scores=(wiring.writers[0].path, wiring.writers[1].path) if wiring.scores else None,
         field=field,
         beside=beside,
         routing=None,
@@ -425,6 +439,7 @@ def _experts_block(family: Family, experts: Experts, layer: _Layer) -> Block:
         norm_behind=False,
         post_norms=(),
         scale=None,
+        scores=None,
         field=experts.count,
         beside=family.shared is not None,
         routing=Routing(experts.router, top_k, family.flag(experts.normalized, sizes)),

@@ -12,15 +12,20 @@ from numprune.slices import GONE, Size
 
 
 class Axis(NamedTuple):
-    """The units of all blocks of a kind, or the members of these units."""
+    """The units of all blocks of a kind, or the members of these units.
+
+    `scores`: only of blocks whose members are dimensions of queries and keys, or only of others; None: of all.
+    """
 
     kind: Kind
     part: Literal["units", "members"]
+    scores: bool | None = None
 
 
 AXES: dict[str, Axis] = {
     "kv-groups": Axis("attention", "units"),
-    "query-heads": Axis("attention", "members"),
+    "query-heads": Axis("attention", "members", scores=False),
+    "qk-dims": Axis("attention", "members", scores=True),
     "channels": Axis("mlp", "units"),
     "experts": Axis("experts", "units"),
     "expert-channels": Axis("experts", "members"),
@@ -85,7 +90,8 @@ class Limits:
 
     def takes(self, block: Block, part: Literal["units", "members"]) -> bool:
         """Return whether an axis prunes this part of the block, its units or its members."""
-        return Axis(block.kind, part) in {AXES[name] for name in self.axes if name in AXES}
+        axes = (AXES[name] for name in self.axes if name in AXES)
+        return any(axis[:2] == (block.kind, part) and axis.scores in (None, bool(block.scores)) for axis in axes)
 
 
 def _named(name: str, anatomy: Anatomy) -> tuple[Block, ...]:

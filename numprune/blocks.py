@@ -33,7 +33,8 @@ class Block:
     """One prunable block of one layer.
 
     A unit of attention is a KV group: one KV head and the query heads that share it, its members (a single head if
-    there is no grouping). A unit of an MLP is one intermediate channel. A unit of experts is one expert; its members
+    there is no grouping); where `scores` says so, it is a head, whose members are the dimensions of its queries and
+    keys. A unit of an MLP is one intermediate channel. A unit of experts is one expert; its members
     are its channels. A block without units is skipped: its modules do not exist.
 
     Attributes:
@@ -53,6 +54,7 @@ class Block:
         post_norms: norms after the sum of the block's output and the stream, which are removed with the block.
         scale: the name in `shared` of the factors of the consumer's output (layer scale), or None. Layers are used with
             factors of 1 (layers.py).
+        scores: the projections of queries and keys, if members are their dimensions; None otherwise.
         field: of the configuration, for its units. In a stock architecture, blocks of one field have equal sizes.
         beside: parallel: it reads the same input as the preceding block in the layer, not that block's output.
         routing: of experts; None for other blocks.
@@ -77,6 +79,7 @@ class Block:
     norm_behind: bool
     post_norms: tuple[str, ...]
     scale: str | None
+    scores: tuple[str, str] | None
     field: str
     beside: bool
     routing: Routing | None
@@ -100,6 +103,10 @@ class Block:
     @property
     def size(self) -> Size:
         return Size(self.units, self.members)
+
+    def heads(self, size: Size) -> int:
+        """Return the query heads of an attention block of this size."""
+        return size.units if self.scores else size.units * size.members
 
     @property
     def channels_per_unit(self) -> int:
@@ -173,8 +180,8 @@ class Block:
         """Return the values of the attributes `sizes`."""
         counted: dict[Counted, int] = {
             "groups": self.units,
-            "heads": self.units * self.members,
-            "heads per group": self.members,
+            "heads": self.heads(self.size),
+            "heads per group": 1 if self.scores else self.members,
             "channels": self.channels,
             "experts": self.units,
             "channels per expert": self.members,
@@ -348,9 +355,11 @@ class Anatomy:
     def stock_holds(self, block: Block, size: Size) -> bool:
         """Return whether a stock configuration can represent a model whose blocks of that kind all have this size."""
         family = FAMILIES[self.family]
-        heads = size.units * size.members
         if block.kind == "mlp" and family.ratio is not None:
             return family.ratio_of(size.units, self.hidden_size, gated=block.linear is not None) is not None
+        if block.scores and size.members != self.head_dim:
+            return False
+        heads = block.heads(size)
         if block.kind != "attention" or family.stock_heads == "any" or family.stand_in is not None:
             return True
         if family.stock_heads == "divisors":

@@ -64,15 +64,17 @@ class PruningStep:
     one_layer: float
 
 
-def pruning_step(anatomy: Anatomy, kind: Kind, units: int = 0, members: int = 0) -> PruningStep:
+def pruning_step(
+    anatomy: Anatomy, kind: Kind, units: int = 0, members: int = 0, *, scores: bool | None = None
+) -> PruningStep:
     """Return the step of removing `units` units, or `members` members of each unit, from blocks of this kind.
 
-    Blocks that cannot lose this many are left out; each unit keeps at least one member.
+    Blocks that cannot lose this many are left out; each unit keeps at least one member. `scores`: as in `axes.Axis`.
     """
     prunable = budget_of(anatomy).prunable_parameters
     shares = []
     for block in anatomy.of_kind(kind):
-        if block.units >= units and block.members > members:
+        if block.units >= units and block.members > members and scores in (None, block.scores is not None):
             left = Size(block.units - units, block.members - members)
             shares.append((block.parameters(block.size) - block.parameters(left)) / prunable)
     return PruningStep(units, members, sum(shares), max(shares, default=0.0))

@@ -33,7 +33,7 @@ from numprune.search.space import Space, cost_and_limit
 from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
 from numprune.splits import Split, fewest_units, priced, splits_meeting
-from numprune.target import Sizes
+from numprune.target import Sizes, dims_of_scores
 
 # A layer, its block and the inputs of the block's consumer -> what is kept of the block.
 Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
@@ -62,6 +62,7 @@ class Chosen:
 
     Attributes:
         choice: returns what is kept of a block: its size by the allocation, its units and members by the criterion.
+        size: returns its size alone.
         splits: that `uniform` chose from.
         schemes: block name -> quantization scheme, as chosen by a budget.
         refinement: of the sizes, by search.
@@ -69,6 +70,7 @@ class Chosen:
     """
 
     choice: Choice
+    size: Callable[[Block], Size]
     splits: list[PricedSplit] | None = None
     schemes: Mapping[str, SchemeName] = field(default_factory=dict)
     refinement: Refinement | None = None
@@ -108,10 +110,10 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
             return Kept.whole(torch.arange(block.units, device=layers.device), block.members)
         weight = consumer_weight(layer, block).double()
         view = replace(_view(layer, block, weight, read, options, gradients), removed=block.units - size.units)
-        return _choose(view, size, options.criterion, CRITERIA[options.criterion](view))
+        return _choose(block, view, size, options.criterion, CRITERIA[options.criterion](view))
 
     schemes = {name: form.level.name for name, form in forms.items() if form.level is not None}
-    return Chosen(by_score, splits, schemes, refinement, price)
+    return Chosen(by_score, lambda block: sizes[block.name], splits, schemes, refinement, price)
 
 
 def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chosen:
@@ -121,7 +123,10 @@ def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chose
     def as_planned(_layer: nn.Module, block: Block, _read: Moments | Seen) -> Kept:
         return plan.blocks[names[block.name]].to_kept().to(device)
 
-    return Chosen(as_planned, plan.splits, schemes, plan.refinement, plan.price)
+    def size(block: Block) -> Size:
+        return plan.blocks[names[block.name]].to_kept().size
+
+    return Chosen(as_planned, size, plan.splits, schemes, plan.refinement, plan.price)
 
 
 def nothing(block: Block) -> Kept:
@@ -226,7 +231,7 @@ def _sizes_to_keep(
     considered = [
         PricedSplit(
             kv_groups=split.attention.units,
-            query_heads=split.attention.members,
+            query_heads=anatomy.of_kind("attention")[0].heads(Size(1, split.attention.members)),
             mlp_channels=split.mlp_channels,
             nats_per_token=float(f"{nats:.4g}"),  # other digits depend on the batch size and the machine
         )
@@ -280,7 +285,7 @@ def neighbourhood(
         view = _view(layer, block, weight, moments[block.name], options, gradients)
         if block.name not in scores:
             scores[block.name] = CRITERIA[options.criterion](view)
-        return _choose(view, size, options.criterion, scores[block.name])
+        return _choose(block, view, size, options.criterion, scores[block.name])
 
     return space, Levels(at_size, moments, options.damping)
 
@@ -305,8 +310,26 @@ def error_curves(
     for layer, block in blocks_of(layers):
         members = options.limits.takes(block, "members")
         sensitivity = gradients.output[block.name]
-        divided.add(block.name, _errors(layer, block, inputs, sensitivity, fewest[block.name], members=members))
+        scores = _scores_prices(layer, block, inputs, sensitivity, options) if members and block.scores else None
+        compute = _errors(layer, block, inputs, sensitivity, fewest[block.name], members=members, scores=scores)
+        divided.add(block.name, compute)
     return errors | divided.results()
+
+
+def _scores_prices(
+    layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, options: PruneOptions
+) -> Tensor:
+    """Return the cost of removing m dimensions of every head's queries and keys, (members,), non-decreasing.
+
+    Numbers that the target does not allow cost as much as the next larger one that it does.
+    """
+    dims = [dims for dims in dims_of_scores(block, options.target) if dims < block.members]
+    errors = inputs.errors_of_dims(layer, block, dims)
+    prices = torch.full((block.members,), torch.inf, dtype=torch.float64)
+    prices[0] = 0
+    for kept, error in errors.items():
+        prices[block.members - kept] = (sensitivity.to(error) * error).sum().clamp_min(0) / 2
+    return prices.flip(0).cummin(0).values.flip(0).cummax(0).values
 
 
 def _ranks(
@@ -323,7 +346,14 @@ def _ranks(
 
 
 def _errors(
-    layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, fewest: int, *, members: bool
+    layer: nn.Module,
+    block: Block,
+    inputs: Inputs,
+    sensitivity: Tensor,
+    fewest: int,
+    *,
+    members: bool,
+    scores: Tensor | None,
 ) -> Callable[[], Tensor]:
     """Return what computes the cost of each size with at least `fewest` units of the dense model's block.
 
@@ -334,7 +364,9 @@ def _errors(
         table = error_table(layer, block, read, sensitivity)
         return lambda: table
     weight = consumer_weight(layer, block).double()
-    return lambda: error_curve(weight, read.gram, sensitivity, block.size, fewest=fewest, members=members)
+    return lambda: error_curve(
+        weight, read.gram, sensitivity, block.size, fewest=fewest, members=members, scores=scores
+    )
 
 
 def _scoring(block: Block, options: PruneOptions, gradients: Sensitivity | None) -> Scoring:
@@ -370,10 +402,15 @@ def _view(
     )
 
 
-def _choose(view: BlockView, size: Size, criterion: str, scores: Tensor) -> Kept:
-    """Return the highest of the units' `scores`, and the highest of the members of each of these units."""
+def _choose(block: Block, view: BlockView, size: Size, criterion: str, scores: Tensor) -> Kept:
+    """Return the highest of the units' `scores`, and the highest of the members of each of these units.
+
+    Dimensions of queries and keys are in their order already (scores.py).
+    """
     units = keep_highest(scores, size.units)
     if not size.units or size.members == view.members:
         return Kept.whole(units, view.members)
+    if block.scores:
+        return Kept.whole(units, size.members)
     scores = member_scores(criterion, view, units)
     return Kept(units, torch.stack([keep_highest(own, size.members) for own in scores]))

@@ -134,6 +134,10 @@ def _sized_config(
     if not anatomy.is_uniform or family.stages is not None:
         fields |= {"head_dim": anatomy.head_dim}
         return AutoConfig.for_model(per_layer, **fields, per_layer_config=dict(enumerate(sizes)))
+    scores = family.attention.scores
+    if scores is not None and fields.pop(scores) != anatomy.head_dim:
+        fields |= {"head_dim": anatomy.head_dim, scores: sizes[0][scores]}
+        return AutoConfig.for_model(per_layer, **fields, per_layer_config={})
     if family.ratio is not None:
         gated = family.mlp_of(config) is not family.mlp
         ratio = family.ratio_of(fields[family.width], anatomy.hidden_size, gated=gated)
@@ -172,7 +176,9 @@ def _layer_sizes(anatomy: Anatomy, layer: int) -> dict[str, Any]:
         elif family.experts is not None and block.kind == "experts":
             sizes |= {family.experts.count: block.units, family.experts.width: block.members}
         else:
-            sizes[family.heads] = block.units * block.members
+            sizes[family.heads] = block.heads(block.size)
+            if family.attention.scores:
+                sizes[family.attention.scores] = block.members
             if family.kv_heads:
                 sizes[family.kv_heads] = block.units
     skipped = [block.kind for block in blocks if not block.units]

@@ -29,7 +29,14 @@ def error_at(errors: Errors, block: Block, size: Size) -> float:
 
 
 def error_curve(
-    weight: Tensor, gram: Tensor, sensitivity: Tensor, size: Size, *, fewest: int = 0, members: bool = False
+    weight: Tensor,
+    gram: Tensor,
+    sensitivity: Tensor,
+    size: Size,
+    *,
+    fewest: int = 0,
+    members: bool = False,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """Return the loss in nats per token without the n cheapest units and m members of each remaining unit.
 
@@ -40,6 +47,8 @@ def error_curve(
         size: of the block.
         fewest: smallest number of remaining units; the cost of fewer is not computed but infinity.
         members: members may be removed, too.
+        scores: (members,), the cost of m members of every unit, if members are dimensions of queries and keys: units
+            have equal shares of it.
 
     Returns:
         (units + 1, members), n = 0 … units, m = 0 … members - 1, non-decreasing in both; (units + 1, 1) if members
@@ -54,6 +63,9 @@ def error_curve(
     every = torch.arange(size.units, device=order.device)
     for gone in range(min(size.units, len(order) + 1)):
         left = every[~torch.isin(every, order[:gone])]
+        if scores is not None:
+            curve[gone] += scores.to(curve) * len(left) / size.units
+            continue
         _, rounds = greedy_members(priced, gram, left, size)
         curve[gone, 1:] += rounds.cumsum(0) / 2
     return curve.cpu()

@@ -1,12 +1,13 @@
 """The inputs of a model's consumers during pruning: collected block by block, or known beforehand."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from numprune import scores
 from numprune.blocks import Block
 from numprune.calibration import BlockRun, Walker, consumer_of, consumer_weight
 from numprune.experts.inputs import Experts, Routed, Seen
@@ -15,10 +16,12 @@ from numprune.hidden import EPSILON, norm_of
 from numprune.joint import Aims, fits_producer, refit_producer
 from numprune.moments import Moments
 from numprune.readers import ReadMap, copy_readers, fit_read_map, has_biases, refit_readers
+from numprune.scores import Directions, ScoreMoments
 from numprune.slices import Kept
 from numprune.surgery import channels_of
 
 FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")  # compensations with inputs from the pruned prefix
+_PRICED_ROWS = 4  # every fourth row prices dimensions of queries and keys
 _HELD_OUT = 4  # every fourth calibration row, for choosing the damping
 
 
@@ -41,6 +44,17 @@ class Inputs(Protocol):
             damping: the smallest one tried.
         """
 
+    def reduce_scores(self, layer: nn.Module, block: Block, kept: int, damping: float) -> None:
+        """Reduce queries and keys to `kept` dimensions of each head, in place: the first, and the others are zero.
+
+        Args:
+            layer: the block's, with the dense model's weights in this block.
+            damping: of the fit.
+        """
+
+    def errors_of_dims(self, layer: nn.Module, block: Block, dims: Iterable[int]) -> dict[int, Tensor]:
+        """Return `scores.errors_of_dims` of the dense model's block, on some of the rows."""
+
     def head_map(self, kept: Tensor, damping: float) -> Tensor | None:
         """Return `Narrowing.head` for the prefix that all blocks were passed on to, if it is pruned."""
 
@@ -57,7 +71,7 @@ class PropagatedInputs:
     The targets are the dense block's outputs. For `residual` and `joint`, they also include what moves the pruned
     model's residual stream to the dense model's after the block (before the norm there, if the sum of both is normed).
     If a norm lies between the consumer and the stream, no output could achieve that, and the targets are always the
-    dense block's outputs.
+    dense block's outputs. Inputs of a block with fewer dimensions of queries and keys are its own, whatever the prefix.
 
     Args:
         gone: coordinates of the residual stream that the pruned model lacks: zero there, and in the targets. None: all
@@ -75,7 +89,8 @@ class PropagatedInputs:
         self._gone = gone
         self._residual = compensation in ("residual", "joint")
         self._both_sides = compensation == "joint"
-        self._unfitted: nn.Module | None = None  # the layer before its readers were refitted, for the dense stream
+        # The layer before its readers were refitted, or its queries and keys reduced: for the dense stream.
+        self._unfitted: nn.Module | None = None
         self._targets: Tensor | None = None  # (N, S, out), if the streams after the block do not determine them
         self._read: Tensor | None = None  # inputs of the consumers in the pruned model
         self.held_out: Moments | None = None
@@ -92,6 +107,25 @@ class PropagatedInputs:
         norm = layer.get_submodule(norm_of(blocks, block))
         self._unfitted = copy_readers(layer, block)
         refit_readers(layer, block, kept, self._read_map(norm, block, kept, damping, centred=has_biases(layer, block)))
+
+    def reduce_scores(self, layer: nn.Module, block: Block, kept: int, damping: float) -> None:
+        walker, dense, pruned = self._walker, self._dense, self._pruned
+        self._unfitted = scores.unreduced(layer, block)
+        found = ScoreMoments.empty(*block.size, walker.layers.device)
+        with torch.no_grad():
+            for stream in (dense, pruned):
+                stream.enter(block)
+            for batch in walker.batches(len(dense)):
+                theirs = scores.of_run(walker, layer, block, dense.read(batch))
+                ours = theirs if pruned is dense else scores.of_run(walker, layer, block, pruned.read(batch))
+                found.add(ours, theirs)
+            found.add_up(self.processes)
+        scores.reduce(layer, block, kept, Directions.of(found, damping))
+
+    def errors_of_dims(self, layer: nn.Module, block: Block, dims: Iterable[int]) -> dict[int, Tensor]:
+        self._dense.enter(block)
+        rows = self._dense.read(slice(None))[-self._dense.first % _PRICED_ROWS :: _PRICED_ROWS]
+        return scores.errors_of_dims(self._walker, layer, block, rows, dims)
 
     def head_map(self, kept: Tensor, damping: float) -> Tensor | None:
         if not self.from_pruned_prefix:
@@ -135,9 +169,10 @@ class PropagatedInputs:
         walker, dense, pruned = self._walker, self._dense, self._pruned
         weight, own_layer = consumer_weight(layer, block), self._dense_layer(layer)
         # The dense block's own outputs follow from its inputs, so their moments are not collected.
-        outputs = 0 if pruned is dense else weight.shape[0]
-        moments = Moments(block.channels, outputs, weight.device)
-        if pruned is dense:
+        of_dense = pruned is dense and own_layer is layer
+        outputs = 0 if of_dense else weight.shape[0]
+        moments, self.held_out = Moments(block.channels, outputs, weight.device), None
+        if of_dense:
             for batch, run in walker.run(layer, block, dense):
                 moments.add(run.inputs)
                 dense.write(batch, run.after)
@@ -313,6 +348,12 @@ class PrecomputedInputs:
 
     def refit_readers(self, layer: nn.Module, block: Block, kept: Tensor, damping: float) -> None:
         pass
+
+    def reduce_scores(self, layer: nn.Module, block: Block, kept: int, damping: float) -> None:
+        raise ValueError("queries and keys were not collected")
+
+    def errors_of_dims(self, layer: nn.Module, block: Block, dims: Iterable[int]) -> dict[int, Tensor]:
+        raise ValueError("queries and keys were not collected")
 
     def head_map(self, kept: Tensor, damping: float) -> Tensor | None:
         return None

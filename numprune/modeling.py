@@ -4,7 +4,8 @@ transformers reads and writes `per_layer_config`, but its modeling code builds e
 each family's stock class is subclassed, with layers built from their own configuration (configs.py). If that
 configuration does not accept fewer heads than fill the hidden size, or not every width of the MLP, the layer is built
 with sizes that it accepts and then reduced. A layer whose `skip` lists "attention" or "mlp" has no such block and no
-norms of it: they are replaced by modules that output zeros.
+norms of it: they are replaced by modules that output zeros. Attention whose queries and keys have fewer dimensions than
+its values runs by scored_attention.py.
 
 Importing this module registers the classes with their task's auto class, and with `AutoModel`, from which vLLM's
 transformers backend builds its models. Checkpoints contribute data only, no code.
@@ -41,6 +42,7 @@ from numprune.configs import CLASS_PREFIX
 from numprune.families import FAMILIES, Family
 from numprune.families.family import TaskName
 from numprune.llamagen import model as _llamagen  # noqa: F401 - importing it registers the classes
+from numprune.scored_attention import take_dims_from_weights
 from numprune.stand_ins import stand_ins
 
 AUTO_OF: Mapping[TaskName, Any] = {
@@ -87,8 +89,7 @@ class _PerLayerModel:
                 if not block.units:
                     _skip(layer, block)
                     continue
-                fixed = self.family.stock_heads == "all" if block.kind == "attention" else self.family.ratio
-                if staged or fixed:
+                if staged or self._is_resized(block):
                     whole = layer.state_dict()
                     shapes = _sliced(block)
                     resize(layer, block, {name: _drawn(whole[name], shape) for name, shape in shapes.items()})
@@ -101,6 +102,13 @@ class _PerLayerModel:
                 module.config = config
                 module._is_hf_initialized = False  # ImageGPT scales weights of its layers as a whole
         self.init_weights()  # of the new layers: the stock constructor only initialized those that it built
+
+    def _is_resized(self, block: Block) -> bool:
+        """Return whether the stock class cannot build a block of this size."""
+        if block.kind != "attention":
+            return block.kind == "mlp" and self.family.ratio is not None
+        whole = block.reader.entries_per_unit(1) if block.scores else block.members
+        return self.family.stock_heads == "all" or block.members != whole
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -190,6 +198,8 @@ def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> Non
     for attribute, count in block.counts().items():
         *owners, field = attribute.split(".")
         setattr(reduce(getattr, owners, layer), field, count)
+    if block.scores and block.members != block.channels_per_unit:
+        take_dims_from_weights(layer.get_submodule(block.modules[0]))
 
 
 def _register(family: Family) -> None:

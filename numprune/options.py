@@ -16,6 +16,7 @@ from numprune.cache_budget import KvBudget
 from numprune.criteria import CRITERIA
 from numprune.depth import ratio_left, smallest_blocks, smallest_layers, without_blocks
 from numprune.errors import InputError
+from numprune.families import FAMILIES
 from numprune.hidden import BASES, Basis, check_narrowable, hidden_sizes, narrowed, ratio_beside
 from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.plans import Plan
@@ -168,6 +169,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(
             f"axes: allocation global sorts whole units; omit {', '.join(members)}, or use allocation error"
         )
+    _check_scores(anatomy, options)
     if options.allocation == "uniform":
         _check_same_in_every_layer(anatomy, options)
     dropped = smallest_layers(anatomy, options.drop_layers, protected_layers(anatomy, options))
@@ -187,6 +189,24 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         what, count = ("layers", len(dropped)) if dropped else ("blocks", len(blocks))
         must = "" if left.budgets else f" the other {what} must lose {left.ratio:.4f} of theirs"
         raise InputError(f"with drop_{what} {count}{must}: {error}") from None
+
+
+def _check_scores(anatomy: Anatomy, options: PruneOptions) -> None:
+    """Refuse the axis of dimensions of queries and keys where it cannot be used."""
+    if "qk-dims" not in options.axes:
+        return
+    reason = None
+    if not any(block.scores for block in anatomy.blocks):
+        families = ", ".join(name for name, family in FAMILIES.items() if family.attention.scores)
+        reason = f"{anatomy.family} does not only multiply queries with keys, as {families} do"
+    elif options.allocation == "uniform":
+        reason = "uniform allocation keeps stock shapes, which have as many as values; or use allocation error"
+    elif options.refine != "none":
+        reason = "the search does not fit scores; or set refine to none"
+    elif options.time_budget is not None:
+        reason = "blocks with fewer were not timed; or use a ratio or a budget of bytes"
+    if reason:
+        raise InputError(f"axes: omit qk-dims, the dimensions of queries and keys: {reason}")
 
 
 def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> None:

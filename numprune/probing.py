@@ -113,8 +113,13 @@ def masses(weights: Tensor, special: Tensor) -> Tensor:
     return torch.stack([on_special, on_self, on_previous, rest], -1).mean(1)
 
 
-def kept_heads(block: BlockPlan) -> np.ndarray:
-    """Return which heads an attention block keeps, (n,) bool."""
+def kept_heads(block: BlockPlan, count: int) -> np.ndarray:
+    """Return which of its `count` heads an attention block keeps, (n,) bool.
+
+    Its members are heads, or dimensions of queries and keys, of which every head keeps some.
+    """
+    if count == block.units:
+        return np.isin(np.arange(count), block.kept)
     heads, left = np.zeros((block.units, block.members), bool), block.to_kept()
     for unit, members in zip(left.units.tolist(), left.members.tolist(), strict=True):
         heads[unit, members] = True

@@ -42,6 +42,7 @@ from numprune.plans import BlockPlan, Calibration, DroppedBlock, DroppedLayer, H
 from numprune.processes import ALONE, Processes, check_shareable
 from numprune.progress import progress
 from numprune.rotation import RotatedLayers
+from numprune.scores import is_reduced
 from numprune.search.refine import check_searchable
 from numprune.slices import Kept
 from numprune.surgery import assemble, cut_layer
@@ -202,6 +203,8 @@ def prune_layers(
                     gamma = options.damping if is_fitted(block, left.size, options) else None
                     dampings[block.name] = finish_experts(layer, block, left, inputs, gamma)
                     continue
+                if is_reduced(block, chosen.size(block)):
+                    inputs.reduce_scores(layer, block, chosen.size(block).members, options.damping)
                 moments = inputs.moments(layer, block)
                 if gone is not None:
                     silence(layer, block, gone)
@@ -336,8 +339,8 @@ def _rest(
         rotated = RotatedLayers(layers, narrowing.rotation)
         options = around_left(options, layers.anatomy, rotated.anatomy)
         layers, known = rotated, None
-    if known and layers.anatomy.of_kind("experts"):
-        known = replace(known, moments=None)  # refitting experts needs a pass of its own
+    if known and (layers.anatomy.of_kind("experts") or "qk-dims" in options.axes):
+        known = replace(known, moments=None)  # what is refitted beside consumers needs a pass of its own
     if not dropped:
         return _Rest(layers, layers, asked, options, known, (), narrowing)
     rest = _Rest(layers, layers, asked, options, None, dropped, narrowing)

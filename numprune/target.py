@@ -82,11 +82,11 @@ def _sizes(
         sizes = [Size(*size) for size in product(range(block.routing.top_k, block.units + 1), widths)]
         rule = _rule_of_widths(target)
     else:
+        members = dims_of_scores(block, target) if block.scores else range(1, block.members + 1)
         sizes = [
-            Size(groups, heads)
-            for groups in range(1, block.units + 1)
-            for heads in range(1, block.members + 1)
-            if _splits(Size(groups, heads), anatomy, target) and _may_have(block, Size(groups, heads), anatomy, stock)
+            size
+            for size in (Size(*pair) for pair in product(range(1, block.units + 1), members))
+            if _splits(block, size, anatomy, target) and _may_have(block, size, anatomy, stock)
         ]
         rule = (
             f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be replicated "
@@ -101,6 +101,11 @@ def _sizes(
             "choose a smaller tensor_parallel or quantization_group"
         )
     return allowed
+
+
+def dims_of_scores(block: Block, target: Target) -> list[int]:
+    """Return the allowed dimensions of queries and keys: multiples of `align`, and the block's own."""
+    return _widths(block.members, Target(target.align))
 
 
 def _widths(width: int, target: Target) -> list[int]:
@@ -122,8 +127,8 @@ def _may_have(block: Block, size: Size, anatomy: Anatomy, stock: bool) -> bool:
     return block.separable and (not stock or anatomy.stock_holds(block, size))
 
 
-def _splits(size: Size, anatomy: Anatomy, target: Target) -> bool:
-    groups, heads, parallel = size.units, size.units * size.members, target.tensor_parallel
+def _splits(block: Block, size: Size, anatomy: Anatomy, target: Target) -> bool:
+    groups, heads, parallel = size.units, block.heads(size), target.tensor_parallel
     return (
         heads % parallel == 0
         and _shared(groups, parallel)
@@ -141,7 +146,7 @@ def not_split(anatomy: Anatomy, tensor_parallel: int) -> list[str]:
     family = FAMILIES[anatomy.family]
     found = []
     for block in anatomy.blocks:
-        groups, heads = block.units, block.units * block.members
+        groups, heads = block.units, block.heads(block.size)
         if block.kind == "mlp":
             counts = {block.field: block.units} if block.units % tensor_parallel else {}
         elif family.experts and block.kind == "experts":

@@ -258,7 +258,7 @@ def test_cut_models_match_masked_ones_also_when_read_back(family, task, case, tm
         share = CUTS[case][block.layer % 2].get
         units, members = round(block.units * share(block.kind, 1.0)), block.members
         if block.kind == "attention":
-            members = max(1, round(members * share("heads", 1.0)))
+            members = members if block.scores else max(1, round(members * share("heads", 1.0)))
         if block.kind == "experts":
             members = round(members * share("channels", 1.0))
         if not block.separable:

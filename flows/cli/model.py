@@ -90,7 +90,8 @@ def inspect(args: argparse.Namespace) -> Answer:
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
     align = Target().align
     granularity = {
-        "query-heads": pruning_step(anatomy, "attention", members=1),
+        "query-heads": pruning_step(anatomy, "attention", members=1, scores=False),
+        "qk-dims": pruning_step(anatomy, "attention", members=align, scores=True),
         "attention": pruning_step(anatomy, "attention", units=1),
         "mlp": pruning_step(anatomy, "mlp", units=align),
         "experts": pruning_step(anatomy, "experts", units=1),
@@ -136,6 +137,7 @@ def inspect(args: argparse.Namespace) -> Answer:
     lines += [f"  {line}" for line in sizes_lines(anatomy)]
     for key, kind, smallest in (
         ("query-heads", "attention", "1 head of every group"),
+        ("qk-dims", "attention", f"{align} qk dimensions"),
         ("attention", "attention", "1 KV group of every layer"),
         ("mlp", "mlp", f"{align} channels of every layer"),
         ("experts", "experts", "1 expert of every layer"),
@@ -143,7 +145,7 @@ def inspect(args: argparse.Namespace) -> Answer:
     ):
         share = granularity[key]
         if not share.one_layer:
-            continue  # no grouping: no query head can go without its KV head
+            continue  # the model has none: without grouping, no query head can go without its KV head
         lines.append(
             f"  {f'{kind}: {smallest}':<36} {share.every_layer:.2%} of the prunable parameters, "
             f"{share.one_layer:.3%} in one layer"

@@ -105,8 +105,12 @@ def schemes_lines(plan: "Plan") -> list[str]:
 
 def sizes_lines(anatomy: "Anatomy") -> list[str]:
     """The sizes of all layers, one line per kind of block."""
-    query_heads = ", ".join(str(block.units * block.members) for block in anatomy.of_kind("attention"))
+    attention = anatomy.of_kind("attention")
+    query_heads = ", ".join(str(block.heads(block.size)) for block in attention)
     lines = [f"{'attention: query heads by layer':<36} {query_heads}"]
+    if any(block.scores for block in attention):
+        dims = ", ".join(str(block.members) for block in attention)
+        lines += [f"{'attention: qk dimensions by layer':<36} {dims}"]
     for kind, what in (("attention", "KV groups"), ("mlp", "channels"), ("experts", "experts")):
         units = ", ".join(str(block.units) for block in anatomy.of_kind(kind))
         lines += [f"{f'{kind}: {what} by layer':<36} {units}"] if units else []

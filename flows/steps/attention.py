@@ -45,7 +45,7 @@ def layers_of(folder: Path, device: torch.device, *, stream: bool, scratch: Path
 
 def attention_section(found: AttentionProbe, plan: Plan, maps: AttentionMaps | None = None) -> dict[str, Any]:
     """The part `attention` of the report's section on pruning: the heads, and which of them the plan keeps."""
-    kept = {name: kept_heads(plan.blocks[name]) for name in found.heads}
+    kept = {name: kept_heads(plan.blocks[name], len(heads)) for name, heads in found.heads.items()}
     masses = {name: np.array(heads) for name, heads in found.heads.items()}
     return {
         **asdict(found),

@@ -49,7 +49,8 @@ def draw_maps(
     for number, image in enumerate(images):
         columns = [_picture(task, image)]
         for name in shown:
-            kept, heads = torch.from_numpy(kept_heads(plan.blocks[name])), dense[name][number]
+            heads = dense[name][number]
+            kept = torch.from_numpy(kept_heads(plan.blocks[name], len(heads)))
             own = left[names[name]][number] if names.get(name) in left else heads[:0]
             grid = grids.get(name) or patch_grid(before.config)
             columns.append(_column([heads[kept], heads[~kept], own], grid))

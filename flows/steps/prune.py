@@ -36,6 +36,7 @@ from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import DTYPES, dtypes_of
+from numprune.families import FAMILIES
 from numprune.flows.sections import Prune
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.layers import Layers, ModelLayers
@@ -256,13 +257,15 @@ def describe(folder: Path, base: Path, plan: Plan) -> None:
 
 
 def _kept_units(plan: Plan) -> dict[str, list[int]]:
-    """Return [kept, of] by block name; also `NAME.query_heads`, `NAME.channels` if members were removed."""
+    """Return [kept, of] by block name; also, if members were removed, `NAME.query_heads`, `.qk_dims` or `.channels`."""
     found = {name: [len(block.kept), block.units] for name, block in plan.blocks.items()}
     if any(block.kept_members for block in plan.blocks.values()):
         for name, block in plan.blocks.items():
             units, members = block.to_kept().size
             if name.endswith(".experts"):
                 found[f"{name}.channels"] = [members, block.members]
+            elif name.endswith(".attention") and FAMILIES[plan.family].attention.scores:
+                found[f"{name}.qk_dims"] = [members, block.members]
             elif block.members > 1:
                 found[f"{name}.query_heads"] = [units * members, block.units * block.members]
     return found

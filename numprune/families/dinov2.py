@@ -12,6 +12,7 @@ DINOV2 = Family(
         scale="layer_scale1.lambda1",
         module="attention",
         sizes={"attention.num_attention_heads": "heads"},
+        scores="qk_head_dim",
     ),
     mlp=plain_mlp("mlp.fc1", "mlp.fc2", bias=True, norms=("norm2",), scale="layer_scale2.lambda1", modules=("mlp",)),
     gated=("use_swiglu_ffn", gated_mlp(bias=True, norms=("norm2",), scale="layer_scale2.lambda1")),

@@ -55,6 +55,9 @@ class Wiring:
         norm_behind: a norm, or a factor that depends on the token, lies between the reader and the residual stream.
         post_norm: `norms` come after the sum of the block's output and the stream (post-LN).
         scale: factors of the block's output on its way into the residual stream, one for each coordinate (layer scale).
+        scores: the field of a per-layer configuration for the dimensions of a head's queries and keys, where the model
+            computes nothing from them but their products: no rotary positions, no norms, no grouping. They are then the
+            members of a unit. None: query heads are.
         per_head: parameters with a value for each query head.
         tables: parameters with a column for each query head, and a row for each place of a token relative to another
             in a window.
@@ -72,6 +75,7 @@ class Wiring:
     norm_behind: bool = False
     post_norm: bool = False
     scale: str | None = None
+    scores: str | None = None
     per_head: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     gate: str | None = None
@@ -349,16 +353,18 @@ def attention(
     module: str = "self_attn",
     reader: str = "o_proj",
     sizes: Mapping[str, Counted] | None = None,
+    scores: str | None = None,
     **wiring: Any,
 ) -> Wiring:
     """Return attention with separate projections of queries, keys and values, by the names that most decoders use."""
     parts: tuple[tuple[str, Part], ...] = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
     return Wiring(
         writers=tuple(Matrix(f"{module}.{name}", (part,), bias) for name, part in parts),
-        reader=Matrix(f"{module}.{reader}", ("query",), reader_bias),
+        reader=Matrix(f"{module}.{reader}", ("value" if scores else "query",), reader_bias),
         modules=(module,),
         norms=norms,
         sizes={f"{module}.num_key_value_groups": "heads per group"} if sizes is None else sizes,
+        scores=scores,
         **wiring,
     )
 

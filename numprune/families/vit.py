@@ -11,6 +11,7 @@ VIT_LAYER: dict[str, Any] = {
         norms=("layernorm_before",),
         module="attention",
         sizes={"attention.num_attention_heads": "heads"},
+        scores="qk_head_dim",
     ),
     "mlp": plain_mlp("mlp.fc1", "mlp.fc2", bias=True, norms=("layernorm_after",), modules=("mlp",)),
     "tasks": ("image-classification",),

@@ -179,7 +179,7 @@ def _check_measured(constraint: Constraint, options: PruneOptions) -> None:
     """Refuse an axis along which blocks may become smaller, but no such size was measured. Raises InputError."""
     possible, measured = sizes_allowed(constraint.anatomy, options), sizes_under(constraint, options)
     for name in options.axes:
-        kind, part = AXES[name]
+        kind, part, _ = AXES[name]
         blocks = constraint.anatomy.of_kind(kind)
 
         def shrinks(sizes: Sizes, blocks: Sequence[Block] = blocks, part: str = part) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 KINDS: Mapping[str, str] = {
     "attention": "KV groups",
     "attention.query_heads": "Query heads",
+    "attention.qk_dims": "Query and key dimensions",
     "mlp": "MLP channels",
     "experts": "Experts",
     "experts.channels": "Channels per expert",

@@ -49,6 +49,17 @@ def test_a_processor_of_another_model_is_refused(base, settings, said):
         load(base)
 
 
+def test_dinov2_reads_images_of_the_size_in_its_configuration(tmp_path):
+    base = write_checkpoint(build_tiny("dinov2"), tmp_path / "base")
+    sizes = {"size": {"shortest_edge": 10}, "crop_size": {"height": 8, "width": 8}}
+    settings = {"image_processor_type": "BitImageProcessor", "do_center_crop": True, "do_convert_rgb": False}
+    change(base, **settings, **sizes)
+    assert load(base).shape == (1, 8, 8)
+    change(base, crop_size={"height": 6, "width": 6})
+    with pytest.raises(InputError, match=r"\[1, 6, 6\].* positions are not interpolated: set its sizes to image_size"):
+        load(base)
+
+
 @pytest.mark.parametrize("name", ["ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor"])
 def test_processors_of_other_backends_and_older_files_are_read(base, name):
     expected = load(base)

@@ -17,7 +17,9 @@ from numprune.flows.forecast import forecast
 from numprune.flows.forecast import text as forecast_text
 from numprune.flows.steps import checks
 from numprune.flows.steps.evaluate import compare_checkpoints
+from numprune.flows.steps.prune import prune_checkpoint
 from numprune.flows.steps.text import heldout_rows
+from numprune.options import PruneOptions
 from numprune.serving import gates
 from numprune.serving import report as reports
 from tests.conftest import build_tiny, write_checkpoint, write_images
@@ -108,6 +110,24 @@ def test_a_pruned_classifier_is_streamed_and_planned_alike(numprune: Command, vi
         plan = json.loads((tmp_path / name / "numprune_plan.json").read_text())
         kept.append({block: found["kept"] for block, found in plan["blocks"].items()})
     assert kept[0] == kept[1]
+
+
+def test_dimensions_of_queries_and_keys_are_pruned_and_counted(numprune: Command, vit: Path, tmp_path: Path) -> None:
+    rows = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = PruneOptions(0.1, allocation="error", axes=("qk-dims",), target=api.Target(align=4))
+    made = prune_checkpoint(vit / "base", rows, options, tmp_path / "pruned", torch.device("cpu"))
+    kept, of = made.kept_units["layers.0.attention.qk_dims"]
+    assert of == 16
+    assert made.kept_units == {
+        "layers.0.attention": [4, 4],
+        "layers.0.attention.qk_dims": [kept, 16],
+        "layers.0.mlp": [96, 96],
+    }
+    assert f"attention: qk dimensions by layer    {kept}" in numprune("inspect", tmp_path / "pruned").out
+    step = numprune("inspect", vit / "base", "--json").json["granularity"]
+    assert (step["qk-dims"]["members"], step["query-heads"]["one_layer"]) == (8, 0)
+    refused = numprune("prune", vit / "base", tmp_path / "out", "--ratio", 0.1, "--axes", "qk-dims", "--text", vit)
+    assert "axes: omit qk-dims, the dimensions of queries and keys: uniform allocation keeps stock" in refused.err
 
 
 def test_the_api_prunes_by_images_in_memory(vit: Path) -> None:

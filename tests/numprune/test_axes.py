@@ -93,7 +93,7 @@ def test_a_ratio_made_unreachable_by_protection_is_refused_with_the_reachable_on
     [
         (
             {"axes": ["heads"]},
-            "axes: 'heads' is unknown; choose from kv-groups, query-heads, channels, experts, expert-channels",
+            "axes: 'heads' is unknown; choose from kv-groups, query-heads, qk-dims, channels, experts",
         ),
         ({"axes": []}, "axes: nothing may be pruned; choose from kv-groups"),
         ({"keep": ["layers.3"]}, r"keep: 'layers.3' is unknown; the model has layers.0 to layers.2"),

@@ -37,7 +37,12 @@ def test_importances_are_those_of_the_paper_summed_over_units():
     query, key, value = by_definition(heads.q_proj.weight, heads.k_proj.weight, heads.v_proj.weight)
     (output,) = by_definition(heads.o_proj.weight)
     expected = (query + key + value + output.T).view(2, 8, 16).sum((1, 2))
-    torch.testing.assert_close(importances(layer, attention)[:, 0], expected)
+    found = importances(layer, attention)
+    torch.testing.assert_close(found.sum(1), expected)
+    # Members are dimensions of queries and keys, which share the rest.
+    own = (query + key).view(2, 8, 16).sum(2)
+    rest = (value + output.T).view(2, 8, 16).sum((1, 2))
+    torch.testing.assert_close(found, own + rest[:, None] / 8)
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def test_kept_heads_are_marked_and_correlated() -> None:
         "layers.0.attention": np.array([[0.9, 0, 0.1, 0], [0.8, 0, 0.2, 0], [0.1, 0, 0.9, 0], [0.2, 0, 0.8, 0]]),
         "layers.1.attention": np.array([[0.3, 0, 0.7, 0], [0.7, 0, 0.3, 0], [0.6, 0, 0.4, 0], [0.4, 0, 0.6, 0]]),
     }
-    kept = {name: kept_heads(plan) for name, plan in plans.items()}
+    kept = {name: kept_heads(plan, plan.units * plan.members) for name, plan in plans.items()}
     assert kept["layers.0.attention"].tolist() == [False, False, True, True]
     assert kept["layers.1.attention"].tolist() == [True, False, False, True]
     told = correlations(found, kept)
