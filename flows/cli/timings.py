@@ -130,7 +130,8 @@ def timings(args: argparse.Namespace) -> Answer:
 
 def _lines(table: "TimingTable") -> list[str]:
     key = table.key
-    lines = [f"{key.runtime}, {key.dtype}, {key.device}, {key.threads} threads"]
+    runtime = f"{key.runtime} ({key.implementation})" if key.implementation else key.runtime
+    lines = [f"{runtime}, {key.dtype}, {key.device}, {key.threads} threads"]
     if table.estimate:
         lines = [f"estimated for {key.device} in {key.dtype}, not measured"]
     if table.routing:

@@ -140,15 +140,20 @@ def check_request(base: Path, asked: Request) -> None:
         check_scenario(scenario, anatomy, load.positions + extra)
     used = runtime_of(base, asked.runtime)
     if used.vllm:
-        _check_served(base, used.vllm, TimedModels(anatomy, sizes_to_time(anatomy, asked.target, asked.sizes), 2))
+        _check_served(base, used.vllm, asked, used.dtype)
     else:
         sizes_to_time(anatomy, asked.target, asked.sizes)
 
 
-def _check_served(base: Path, found: Environment, timed: TimedModels) -> None:
+def _check_served(base: Path, found: Environment, asked: Request, dtype: str) -> None:
     """Raises InputError, MissingRuntime unless vLLM runs every model that is timed."""
-    config, head = checkpoint.read_config(base), timed.anatomy.head_dim
+    config = checkpoint.read_config(base)
     vllm.check_settings(config)
+    if dtype not in precision.DTYPES:
+        raise InputError(f"timings: {base} is stored in {dtype}; vLLM computes in {', '.join(precision.DTYPES)}")
+    anatomy = read_anatomy(config)
+    head, sizes_of_kinds = anatomy.head_dim, sizes_to_time(anatomy, asked.target, asked.sizes)
+    timed = TimedModels(anatomy, sizes_of_kinds, precision.DTYPES[dtype].itemsize)
     if found.cpu and head not in vllm.CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, vllm.CPU_HEAD_SIZES))
         raise InputError(f"timings: vLLM's CPU kernels have heads of {sizes}, and the model's have {head}; use a GPU")

@@ -588,6 +588,30 @@ def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert min(*made.ms.values(), *ms["base"], *ms["smaller"], made.threads.ran_s) > 0
 
 
+def test_a_budget_in_vllm_is_confirmed_in_engines(
+    numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Environment(tmp_path / "bin" / "python", "0.32.0", cpu=True, plugin="0.1.0", router=None)
+    monkeypatch.setattr(environment, "find", lambda: found)
+    looks: list[visits.Timed] = []
+
+    def in_turn(runtime: Runtime, sides: dict[str, Path], timed: visits.Timed, count: int) -> dict[str, list[float]]:
+        assert runtime.vllm == found
+        looks.append(timed)
+        return {side: [latency(checkpoint.read_config(folder))] * count for side, folder in sides.items()}
+
+    monkeypatch.setattr(timed_prune, "in_turn", in_turn)
+    of_vllm = key_of(inputs / "base", "vllm")
+    whole = write_table(inputs / "base", tmp_path / "table.json", 1.0, **vars(of_vllm))
+    answered = numprune(*command_of(inputs, tmp_path, 0.8 * whole), "--json")
+    assert answered.code == 0, answered.err
+    assert looks == [visits.Timed("decode", 1, 16)]
+    measured = answered.json["latency"]
+    assert measured["runtime"] == "vllm"
+    assert measured["measured"]["ms"] == pytest.approx(measured["predicted"]["ms"])
+    assert measured["dense_measured"]["ms"] == pytest.approx(whole)
+
+
 def test_a_table_of_vllm_names_its_version_and_plug_in(
     tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -667,6 +691,7 @@ def test_the_stage_of_a_recipe_estimates(numprune: Command, inputs: Path, tmp_pa
         ("llama", {"head_dim": 32}, None, "lacks the plug-in numprune-vllm"),
         ("llama", {"head_dim": 16}, "0.1.0", "heads of 32, 64, 80"),
         ("imagegpt", {}, "0.1.0", "vLLM does not run imagegpt"),
+        ("llama", {"head_dim": 32, "dtype": "float64"}, "0.1.0", "is stored in float64"),
         ("bert", {}, "0.1.0", "vllm times generation"),
     ],
 )
