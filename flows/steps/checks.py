@@ -464,7 +464,8 @@ def _quantization(recipe: Recipe, anatomy: Anatomy, config: Any) -> list[str]:
         problems.append(f"{where}: engines are built only from unquantized checkpoints; omit tensorrt")
     if any(scheme.rounds_inputs for scheme in schemes) and "onnx" in recipe.export.targets:
         problems.append(
-            f"{where}: the graph of the export onnx rounds no activations; choose w4a16, or export onnxruntime instead"
+            f"{where}: the graph of the export onnx rounds no activations; choose w4a16, or replace onnx with "
+            "onnxruntime in export.targets"
         )
     return problems
 

@@ -162,7 +162,7 @@ def test_a_damaged_quantized_checkpoint_is_blocked(published: Path, tmp_path: Pa
         ),
         (
             ["quantize.scheme=w8a8"],
-            r"quantize\.scheme = 'w8a8': the graph of the export onnx rounds no activations; .*",
+            r"quantize\.scheme = 'w8a8': the graph of the export onnx rounds no activations; .* in export\.targets",
         ),
         (
             ["quantize.scheme=fp8", "export.targets=['onnxruntime']"],
