@@ -23,8 +23,8 @@ INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NAMES = FLOATS | {"I8": "int8", "F8_E4M3": "float8_e4m3fn", "I32": "int32", "I64": "int64"}
 # What names of buffers end with that older versions of transformers stored, as whole numbers or booleans: position ids,
-# and causal masks of GPT-2 and GPT-NeoX.
-_BUFFERS = ("position_ids", ".attn.bias", ".attention.bias")
+# causal masks of GPT-2 and GPT-NeoX, and places in windows of Swin.
+_BUFFERS = ("position_ids", ".attn.bias", ".attention.bias", ".relative_position_index")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAXIMUM_INDEX_BYTES = 64 << 20  # checked before it is parsed
 _CHUNK_BYTES = 16 << 20  # of a large tensor that is processed in parts

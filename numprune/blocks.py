@@ -154,6 +154,11 @@ class Block:
         return (self.units - self.routing.top_k) * used
 
     @property
+    def table_parameters(self) -> int:
+        """Parameters of tables, which are added to attention's logits."""
+        return self.units * sum(part.parameters_per_unit(self.members) for part in self.writers if part.table)
+
+    @property
     def _router_parameters(self) -> int:
         """Router parameters of one expert."""
         assert self.routing is not None

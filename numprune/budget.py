@@ -44,7 +44,8 @@ def budget_of(anatomy: Anatomy) -> Budget:
 
 
 def _used(block: Block) -> int:
-    return block.parameters(block.size) - block.idle_parameters
+    """Return the parameters that a token is multiplied by."""
+    return block.parameters(block.size) - block.idle_parameters - block.table_parameters
 
 
 @dataclass(frozen=True)

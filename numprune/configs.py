@@ -20,14 +20,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from numprune.anatomy import PER_LAYER_PREFIX, family_of
+from numprune.anatomy import MAXIMUM_LAYERS, PER_LAYER_PREFIX, family_of
 from numprune.blocks import Anatomy
 from numprune.families import FAMILIES, Family
 from numprune.families.family import TaskName
 from numprune.hidden import EPSILON
 from numprune.llamagen.config import LlamaGenConfig  # importing it registers the class
 from numprune.renumber import renumber_fields
-from numprune.stages import places, ratio_of, stock_sizes
+from numprune.stages import places, ratio_of, read_stages, stock_sizes
 
 KINDS = ("attention", "mlp")
 _CLASSES: Mapping[TaskName, Mapping[str, Any]] = {
@@ -54,8 +54,8 @@ class _PerLayerConfig:
     def __post_init__(self: Any, **kwargs: Any) -> None:
         family = self.family
         if family.stages is not None:  # stock classes call the number of stages num_hidden_layers
-            first, *_ = layers = list(places(family.stages, self))
-            self.num_hidden_layers = len(layers)
+            self.num_hidden_layers = sum(stage.depth for stage in read_stages(family.stages, self))
+            first = next(places(family.stages, self))
             kwargs = {**stock_sizes(family, family.stages, self, first), **kwargs}
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
@@ -64,6 +64,8 @@ class _PerLayerConfig:
 
     def validate_architecture(self: Any) -> None:
         family = self.family
+        if self.num_hidden_layers > MAXIMUM_LAYERS:
+            raise ValueError(f"{self.num_hidden_layers} layers; no model has more than {MAXIMUM_LAYERS} layers")
         attending = 0
         for index in range(self.num_hidden_layers):
             layer = self.per_layer_config[index]

@@ -46,6 +46,6 @@ SWIN = Family(
         "mlp.fc1": "intermediate.dense",
         "mlp.fc2": "output.dense",
     },
-    computed=("relative_position_index",),
+    computed=(),
     vllm=Vllm(native=False, backend=False),
 )

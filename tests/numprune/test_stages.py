@@ -2,6 +2,8 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
 
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
@@ -9,6 +11,7 @@ from numprune.budget import budget_of
 from numprune.calibration import Walker
 from numprune.configs import pruned_config
 from numprune.errors import InputError
+from numprune.export import checkpoint
 from numprune.families import FAMILIES
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions
@@ -18,7 +21,7 @@ from numprune.slices import Size
 from numprune.stages import ratio_of
 from numprune.target import Target, allowed_sizes
 from numprune.windows import windows_of
-from tests.conftest import build_tiny, tiny_config
+from tests.conftest import build_tiny, tiny_config, write_checkpoint
 from tests.test_families import IMAGES, TASKS
 
 TASK = TASKS["image-classification"]
@@ -44,6 +47,7 @@ def test_stages_have_their_own_sizes(layers):
     assert (anatomy.hidden_size, anatomy.head_dim, anatomy.context) == (64, 16, 64)
     # The second stage has a quarter of the tokens.
     parameters = [sum(block.parameters(block.size) for block in anatomy.of_layer(layer)) for layer in range(3)]
+    parameters = [one - 25 * heads for one, heads in zip(parameters, (2, 2, 4), strict=True)]  # tables multiply nothing
     assert budget_of(anatomy).flops_per_token == 2 * (parameters[0] + parameters[1] + parameters[2] // 4)
 
 
@@ -66,6 +70,25 @@ def test_stages_have_their_own_sizes(layers):
 def test_configurations_that_are_contradictory_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         read_anatomy(config_of(**fields))
+
+
+def test_per_layer_configurations_of_absurdly_many_layers_are_refused_at_once():
+    with pytest.raises(StrictDataclassError, match="no model has more than 10000 layers"):
+        tiny_config("numprune_swin", depths=[2, 2**30], num_heads=[2, 4], image_size=224)
+
+
+def test_published_checkpoints_store_places_in_windows(tmp_path):
+    model = build_tiny("swin", num_labels=4)
+    folder = write_checkpoint(model, tmp_path / "base")
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    for name in [name for name in stored if name.endswith("relative_position_bias_table")]:
+        stored[name.replace("bias_table", "index")] = torch.zeros(9, 9, dtype=torch.int64)
+    save_file(stored, path, {"format": "pt"})
+    read = checkpoint.load_model(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(read(pixel_values=IMAGES).logits, model(pixel_values=IMAGES).logits)
+    assert not [name for name in checkpoint.audit(folder) if name.endswith("index")]
 
 
 def test_no_layer_is_dropped(layers):

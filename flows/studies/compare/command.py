@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from numprune.anatomy import read_anatomy
-from numprune.axes import AXES, DEFAULT_AXES
+from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.errors import InputError, NumpruneError
 from numprune.export.checkpoint import read_config
 from numprune.export.disk import require_writable
@@ -133,6 +133,7 @@ def _request(args: argparse.Namespace) -> Request:
     if anatomy.image is not None and not (args.text and args.heldout):
         raise InputError("image classifiers are compared on images: give --text and --heldout, folders of images")
     target = Target(args.align)
+    Limits(axes=args.axes).check(anatomy)
 
     def works(method: str) -> None:
         for ratio in args.ratios:

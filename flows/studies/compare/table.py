@@ -148,7 +148,7 @@ def as_markdown(table: Table) -> str:
         rows_of = f"rows of {conditions.sequence_length} tokens"
         judged = f"{conditions.heldout_tokens:,} tokens of {conditions.heldout_documents} held-out documents"
         predicted = "next-token distribution, `top-1` the agreement on the most probable token"
-    if conditions.axes != DEFAULT_AXES:
+    if set(conditions.axes) != set(DEFAULT_AXES):
         judged += f". Only {' and '.join(conditions.axes)} may be pruned"
     notes = (
         f"{conditions.model}: calibrated on {sizes} {rows_of} (seed {conditions.seed}), evaluated on {judged}.{unit} "

@@ -40,6 +40,13 @@ def test_image_classifiers_are_compared_by_labels(tmp_path: Path, capsys: pytest
     assert "evaluated on 24 held-out images. Only channels may be pruned." in capsys.readouterr().out
 
 
+def test_unknown_axes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_checkpoint(build_tiny("vit", num_hidden_layers=1), tmp_path / "base")
+    asked = ["--text", str(tmp_path), "--heldout", str(tmp_path), "--axes", "channel", "--out", str(tmp_path / "out")]
+    assert main([str(base), *asked]) == 1
+    assert "error: axes: 'channel' is unknown; choose from kv-groups," in capsys.readouterr().err
+
+
 def test_images_to_compare_by_are_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_checkpoint(build_tiny("vit", num_hidden_layers=1), tmp_path / "base")
     assert main([str(base), "--out", str(tmp_path / "out")]) == 1
