@@ -57,21 +57,34 @@ def check_budgets(
     `smaller`: the model has lost layers, blocks or coordinates already, which may be enough.
     """
     levels = _levels(budgets, target)
-    for budget in budgets:
-        if isinstance(budget, TimeBudget):
-            budget.check_measured(anatomy)
+    _check_measured(anatomy, budgets)
     allowed = sizes_within(anatomy, budgets, allowed)
+    if not smaller:
+        check_needed(anatomy, budgets, target)
+    limits = [_limit(anatomy, budget) for budget in budgets]
+    for budget, limit in zip(budgets, limits, strict=True):
+        _check_reachable(anatomy, budget, limit, levels, allowed)
+    check_together(anatomy, limits, lambda sizes: _forms(sizes, levels), allowed)
+
+
+def check_needed(anatomy: Anatomy, budgets: Sequence[Budget], target: Target) -> None:
+    """Refuse budgets that the model meets as it is. Raises InputError."""
+    _check_measured(anatomy, budgets)
     limits = [_limit(anatomy, budget) for budget in budgets]
     costs = [_whole(anatomy, limit) for limit in limits]
-    if not smaller and None in levels and all(cost <= limit.total for cost, limit in zip(costs, limits, strict=True)):
+    met = all(cost <= limit.total for cost, limit in zip(costs, limits, strict=True))
+    if met and None in _levels(budgets, target):
         asked = " and ".join(limit.words(limit.total) for limit in limits)
         found = " and ".join(limit.words(cost) for cost, limit in zip(costs, limits, strict=True))
         raise InputError(
             f"the budget is {asked}, and the model takes {found} as it is: nothing has to go; choose a smaller budget"
         )
-    for budget, limit in zip(budgets, limits, strict=True):
-        _check_reachable(anatomy, budget, limit, levels, allowed)
-    check_together(anatomy, limits, lambda sizes: _forms(sizes, levels), allowed)
+
+
+def _check_measured(anatomy: Anatomy, budgets: Sequence[Budget]) -> None:
+    for budget in budgets:
+        if isinstance(budget, TimeBudget):
+            budget.check_measured(anatomy)
 
 
 def sizes_within(anatomy: Anatomy, budgets: Sequence[Budget], allowed: Sizes) -> Sizes:

@@ -133,7 +133,7 @@ class _Problem:
         bounds = [lower_bound(saved, self._priced, least) for saved, least in each]
         if multipliers is not None:
             bounds.append(float(self._reduced(multipliers).amin(1).sum() + multipliers @ self._least))
-        return max(bounds)
+        return max(0.0, *bounds)  # prices are at least 0, which rounding can miss
 
     def _reduced(self, multipliers: Tensor) -> Tensor:
         return self._priced - (multipliers[:, None, None] * self._saved).sum(0)

@@ -10,7 +10,7 @@ from numprune.allocation import ALLOCATIONS, check_ratio, uniform
 from numprune.axes import AXES, DEFAULT_AXES, HIDDEN_SIZE, Limits
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
-from numprune.budgeted import Budget, check_budgets
+from numprune.budgeted import Budget, check_budgets, check_needed
 from numprune.byte_budget import ByteBudget
 from numprune.cache_budget import KvBudget
 from numprune.criteria import CRITERIA
@@ -161,6 +161,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
     _check_refined(anatomy, options, planned=planned)
     if options.shapes:
         _check_shapes(anatomy, options)
+        return
     options.limits.check(anatomy)
     _check_hidden(anatomy, options, planned=planned)
     part_of = {name: axis for name, axis in AXES.items() if axis.kind in anatomy.kinds}
@@ -247,7 +248,10 @@ def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) ->
 
 
 def _check_shapes(anatomy: Anatomy, options: PruneOptions) -> None:
-    """Refuse candidates of which one is invalid by itself, or none is within the ratio or the budget."""
+    """Refuse candidates of which one is invalid by itself, or none is within the ratio or the budget.
+
+    The model's own shape need not be within it, but must not be without losing anything: it would always be chosen.
+    """
     what = "hidden_size, drop_layers: candidates"
     if options.hidden_size is not None or options.drop_layers or options.drop_blocks:
         raise InputError(f"{what} are given, and hidden_size, drop_layers or drop_blocks too; leave one of them out")
@@ -263,6 +267,12 @@ def _check_shapes(anatomy: Anatomy, options: PruneOptions) -> None:
     if anatomy.of_kind("experts"):
         raise InputError(f"{what} are not supported for models with experts; give one of each")
     others = [shape for shape in options.shapes if shape != PLAIN]
+    if not others:
+        raise InputError(f"{what} are only the model's own hidden size and number of layers; add another, or omit them")
+    if options.budgets:
+        check_needed(anatomy, options.budgets, options.target)
+    elif not options.ratio:
+        raise InputError(f"{what} are compared at one ratio or budget, and ratio is 0; set one, or give one of each")
     for size in dict.fromkeys(shape.hidden_size for shape in others):
         alone = with_shape(options, Shape(size, 0))
         if options.budgets:

@@ -113,7 +113,7 @@ def _bytes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
 def _time(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
     if plan.time_budget is None:
         return
-    predicted = plan.time_budget.predicted(anatomy.keeping(plan.sizes())).ms
+    predicted = plan.time_budget.predicted(plan.result(anatomy)).ms
     if predicted > plan.time_budget.limit_ms:
         yield (
             f"its sizes take {predicted:.4g} ms, and its budget is {plan.time_budget}; keep less, or remove the time "

@@ -76,7 +76,7 @@ def choose_shape(
         rows: (N, S) int64 calibration tokens.
 
     Raises:
-        InputError: as `check_options`, or the rows do not fit the model.
+        InputError: as `check_options`, the rows do not fit the model, or no shape is within the ratio or the budget.
     """
     layers = CopiedLayers(model, task)
     check_options(layers.anatomy, options)
@@ -151,12 +151,16 @@ class _Study:
         return cls(model, layers, rows, options, dropped, moments, errors, rounding)
 
     def priced(self) -> Iterator[tuple[Shape, float]]:
-        """Yield every shape within the ratio or the budget, with its price."""
+        """Yield every shape within the ratio or the budget, with its price. Raises InputError if there is none."""
+        refusals = []
         for shape in self.options.shapes:
             try:
                 yield shape, self._price(shape)
             except InputError as error:
                 logger.info("hidden size %s, drop_layers %d: %s", shape.hidden_size or "kept", shape.drop_layers, error)
+                refusals.append(error)
+        if len(refusals) == len(self.options.shapes):
+            raise refusals[0]
 
     def _price(self, shape: Shape) -> float:
         options, gone = with_shape(self.options, shape), [drop.layer for drop in self.dropped[: shape.drop_layers]]

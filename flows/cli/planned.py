@@ -63,7 +63,7 @@ def planned_answer(base: Path, plan: "Plan", out: Path | None, started: float, p
         "price": plan.price.model_dump() if plan.price else None,
         "shape": plan.shape.model_dump() if plan.shape else None,
         "refinement": plan.refinement.model_dump() if plan.refinement else None,
-        "predicted_ms": plan.time_budget.predicted(after).ms if plan.time_budget else None,
+        "predicted_ms": plan.time_budget.predicted(plan.result(before)).ms if plan.time_budget else None,
         "seconds": time.perf_counter() - started,
     }
     lines = [f"{base}: {removed:.1%} of the prunable parameters would be removed; nothing is pruned"]
@@ -72,7 +72,7 @@ def planned_answer(base: Path, plan: "Plan", out: Path | None, started: float, p
         for name, was in budgets[0].items()
     ]
     if limit := plan.time_budget:
-        ms = [limit.predicted(anatomy).ms for anatomy in (before, after)]
+        ms = [limit.predicted(anatomy).ms for anatomy in (before, plan.result(before))]
         lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit.described})")
     if plan.hidden:
         basis, kept = plan.hidden.basis, after.hidden_size

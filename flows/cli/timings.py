@@ -28,23 +28,30 @@ def add(commands: Subcommands) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     runtimes = get_args(names.TimedRuntime)
     where.add_argument(
-        "--runtime", choices=runtimes, metavar="RUNTIME", help=f"runtime to measure in; one of {', '.join(runtimes)}"
+        "--runtime",
+        choices=runtimes,
+        metavar="RUNTIME",
+        help=f"runtime to measure in; one of {', '.join(runtimes)} (default: none)",
     )
     where.add_argument(
         "--roofline",
         choices=[*DEVICES],
         metavar="DEVICE",
         help="estimate instead, from the data sheet of a device that is not at hand; no gate on a speed can pass then; "
-        f"one of {', '.join(DEVICES)}",
+        f"one of {', '.join(DEVICES)} (default: none)",
     )
     where.add_argument(
         "--peak-tflops",
         type=_rate,
         metavar="N",
-        help="estimate for another device: its peak in 10^12 dense FLOP/s, in the model's precision; needs --bandwidth",
+        help="estimate for another device: its peak in 10^12 dense FLOP/s, in the model's precision; needs --bandwidth "
+        "(default: none)",
     )
     parser.add_argument(
-        "--bandwidth", type=_rate, metavar="N", help="memory bandwidth of the device of --peak-tflops, in GB/s"
+        "--bandwidth",
+        type=_rate,
+        metavar="N",
+        help="memory bandwidth of the device of --peak-tflops, in GB/s (default: none)",
     )
     parser.add_argument(
         "--scenario",

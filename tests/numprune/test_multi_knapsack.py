@@ -58,6 +58,14 @@ def test_a_limit_that_is_met_anyway_changes_nothing():
         assert found.chosen == alone
 
 
+def test_choices_that_cost_nothing_have_a_bound_of_nothing():
+    savings = [[[0, 1, 10], [0, 10]], [[0, 9, 0], [0, 10]]]
+    found = multi_knapsack(savings, [[0.0] * 3, [0.0] * 2], [11, 11])
+    assert found is not None
+    assert found == ([1, 1], 0.0)
+    assert found.bound >= 0
+
+
 @pytest.mark.parametrize("factor", [2, 7])
 def test_the_unit_of_a_quantity_changes_nothing(factor):
     savings, prices = tables(3, 2)

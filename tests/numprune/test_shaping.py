@@ -111,6 +111,9 @@ def test_candidates_share_a_budget_of_bytes(model):
         ({"shapes": shapes_of([42], [])}, "the hidden size would be 42"),
         ({"shapes": shapes_of([], [3])}, "drop_layers is 3; the model has 3 layers"),
         ({"shapes": shapes_of([], [2])}, "drop_layers is 2: these layers have 0.6667"),
+        ({"shapes": shapes_of([0], [0])}, "only the model's own hidden size and number of layers"),
+        ({"ratio": 0.0}, "compared at one ratio or budget, and ratio is 0"),
+        ({"ratio": 0.0, "budget": ByteBudget(1 << 30, 1 << 20, 4)}, "nothing has to go"),
         ({"allocation": "global"}, "candidates are compared by price; allocation is 'global'"),
         ({"compensation": "none"}, "candidates are priced with refitted weights"),
         ({"drop_blocks": 1}, "leave one of them out"),
@@ -120,6 +123,18 @@ def test_candidates_share_a_budget_of_bytes(model):
 def test_candidates_that_make_no_sense_are_refused(model, changes, says):
     with pytest.raises(InputError, match=says):
         check_options(read_anatomy(model.config), replace(OPTIONS, **changes))
+
+
+def test_a_budget_may_be_one_that_only_another_shape_meets(model, study):
+    anatomy = read_anatomy(model.config)
+    around = 4 * (anatomy.fixed_parameters + sum(block.shared_parameters for block in anatomy.blocks))
+    tight = replace(OPTIONS, ratio=0.0, budget=ByteBudget(int(1.4 * around), around, 4))
+    check_options(anatomy, tight)
+    assert Shape(48, 0) in dict(replace(study, options=tight).priced())
+    assert PLAIN not in dict(replace(study, options=tight).priced())
+    tightest = replace(OPTIONS, ratio=0.0, budget=ByteBudget(around // 2, around, 4))
+    with pytest.raises(InputError, match="take"):
+        dict(replace(study, options=tightest).priced())
 
 
 def test_candidates_need_rows_and_are_chosen_before_pruning(model):

@@ -34,7 +34,7 @@ from numprune.timings import (
     shape_of,
     sizes_to_time,
 )
-from tests.conftest import tiny_config
+from tests.conftest import build_tiny, tiny_config
 
 TARGET = Target(align=16)
 DECODE = "decode,b=8,ctx=2048"
@@ -307,3 +307,27 @@ def test_sizes_are_spread_and_include_the_model_s_own():
     sizes = sizes_to_time(anatomy, TARGET, 5)
     assert [size.units for size in sizes["mlp"]] == [192, 400, 592, 800, 1000]
     assert [size.units for size in sizes["attention"]] == [1, 2, 3, 4]
+
+
+def test_a_plan_without_a_layer_is_followed_where_whole_layers_were_timed():
+    layers = ["sliding_attention", "full_attention"] * 2
+    model = build_tiny("gemma3_text", num_hidden_layers=4, layer_types=layers)
+    anatomy = read_anatomy(model.config)
+    allowed = allowed_sizes(anatomy, TARGET, Limits())
+    blocks = {
+        block.timed_as: [
+            BlockTime(units=size.units, members=size.members, ms=ms, interval95=(ms, ms))
+            for size in allowed[block.name]
+            if (ms := 1e-3 * block.parameters(size))
+        ]
+        for block in anatomy.blocks
+    }
+    times = ScenarioTimes(scenario=DECODE, around=Time(ms=1, interval95=(1, 1)), blocks=blocks, within_layers=True)
+    limit_ms = 0.6 * TimeBudget(1.0, times, "torch").predicted(anatomy).ms
+    budget = TimeBudget(limit_ms, times, "torch")
+    options = PruneOptions(0.0, "magnitude", "error", "oneshot", target=TARGET, time_budget=budget, drop_layers=1)
+    plan = prune(model, torch.randint(0, 200, (8, 12)), options).plan
+    check_plan(anatomy, plan)
+    assert budget.predicted(plan.result(anatomy)).ms <= limit_ms
+    with pytest.raises(InputError, match=r"its sizes take .* ms, and its budget is"):
+        check_plan(anatomy, plan.model_copy(update={"time_budget": replace(budget, limit_ms=0.5 * limit_ms)}))
