@@ -581,6 +581,8 @@ def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     decode, prefill = visits.Timed("decode", 3, 16), visits.Timed("prefill", 2, 40)
     with used.start() as worker:  # importing vLLM takes long
         made = visits.visit(worker, used, base, {"decode": decode, "prefill": prefill})
+        with pytest.raises(InputError, match="timings in vllm: the batch is 5000, and vLLM runs at most"):
+            worker.ask("prepare", token_ids=[[1]] * 5000, batch_size=5000, output_length=2)
         monkeypatch.setattr(Runtime, "start", lambda _: nullcontext(worker))
         ms = visits.in_turn(used, {"base": base, "smaller": tmp_path / "smaller"}, decode, 1)
     assert made.ms.keys() == {"decode", "prefill"}

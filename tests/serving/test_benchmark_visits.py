@@ -3,8 +3,10 @@
 import pytest
 
 from numprune.errors import EnvironmentInvalid
+from numprune.serving.benchmark.load import Load
 from numprune.serving.benchmark.scheduler import ThreadTimes
 from numprune.serving.benchmark.visits import Visit, check_quiet, drift, order, weighted_medians
+from numprune.serving.benchmark.vllm.engines import ahead
 
 
 def test_every_round_visits_every_model_in_an_order_of_its_own():
@@ -39,3 +41,15 @@ def test_a_worker_that_waits_for_a_cpu_is_noticed():
     check_quiet(visits)
     with pytest.raises(EnvironmentInvalid, match="the worker waited for a CPU 90% of its time"):
         check_quiet([*visits, Visit({}, ThreadTimes(ran_s=0, waited_s=16))])
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 64), (8, 512), (128, 256), (3, 700), (256, 128)])
+def test_rows_that_are_read_first_have_room_until_the_last_one_is_read(batch: int, length: int) -> None:
+    left, steps = [length] * batch, 0
+    while left[-1]:
+        steps += 1
+        room = 2048 - left.count(0)  # of the scheduler, less a token of each row that is generated already
+        for row, missing in enumerate(left):
+            read = min(missing, room)
+            left[row], room = missing - read, room - read
+    assert steps <= ahead(Load(prompts=batch, batch_size=batch, prompt_length=length)) <= steps + 2

@@ -17,6 +17,10 @@ from time import perf_counter_ns
 from typing import Any
 
 
+class Refusal(Exception):
+    """What was asked cannot be timed; the parent raises it as an InputError."""
+
+
 class Session:
     """One engine at a time: `load`, then for each load `prepare` and any number of `repeat`."""
 
@@ -49,9 +53,12 @@ class Session:
             cleanup_dist_env_and_memory()
 
     def prepare(self, token_ids: list[list[int]], batch_size: int, output_length: int) -> dict[str, Any]:
-        """Accept a load of one batch."""
+        """Accept a load of one batch. Raises Refusal if a server with these settings would divide it."""
         if len(token_ids) != batch_size:
             raise ValueError(f"{len(token_ids)} prompts in batches of {batch_size}; one batch is timed")
+        most = self._engine.vllm_config.scheduler_config.max_num_seqs
+        if batch_size > most:
+            raise Refusal(f"the batch is {batch_size}, and vLLM runs at most {most} rows at a time here; choose fewer")
         self._prompts, self._output_length = token_ids, output_length
         gc.collect()
         gc.freeze()  # as in the other worker: a garbage collection would traverse the imported modules
@@ -83,6 +90,8 @@ class Session:
                 generated[output.request_id] = len(output.outputs[0].token_ids)
             if len(at) < min(generated.values()):
                 at.append(now)
+            if len(at) < self._output_length and any(output.finished for output in outputs):
+                raise RuntimeError("a row ended while others were still read: steps would be of fewer rows")
         engine.abort_request(names)
         while engine.has_unfinished_requests():
             engine.step()
@@ -114,8 +123,12 @@ def main() -> None:
     session = Session()
     for line in sys.stdin:
         request = json.loads(line)
-        answer = getattr(session, request.pop("operation"))(**request)
-        answers.write(json.dumps({"ok": answer}) + "\n")
+        answer: dict[str, Any]
+        try:
+            answer = {"ok": getattr(session, request.pop("operation"))(**request)}
+        except Refusal as refusal:
+            answer = {"error": {"kind": "InputError", "message": str(refusal)}}
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
     os._exit(0)
 

@@ -31,9 +31,9 @@ def start_engine(environment: Environment, name: str, timeout_s: float) -> Abstr
 def ahead(load: Load) -> int:
     """Return the positions that a row may need besides those of the load.
 
-    A long batch is read in several steps, and its first rows run ahead meanwhile.
+    A long batch is read in several steps, and its first rows run ahead meanwhile, each with a token of every step.
     """
-    return math.ceil(load.batch_size * load.prompt_length / _SCHEDULED)
+    return math.ceil(load.batch_size * load.prompt_length / max(_SCHEDULED - load.batch_size, 1))
 
 
 def engine_options(environment: Environment, folder: Path, loads: Sequence[Load], dtype: str) -> dict[str, Any]:
