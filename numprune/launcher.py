@@ -9,8 +9,8 @@ def count() -> int:
 
 
 def index() -> int:
-    """Return the index of this process, from 0."""
-    return _number("RANK", 0)
+    """Return the index of this process, from 0; 0 without a launcher."""
+    return _number("RANK", 0) if count() > 1 else 0
 
 
 def _number(variable: str, alone: int) -> int:

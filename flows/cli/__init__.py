@@ -135,7 +135,7 @@ def _fail(form: logs.Format, message: str, code: int, in_json: bool) -> int:
 
 
 def _print_failure(message: str, code: int) -> None:
-    if sys.stdout is not None:
+    if sys.stdout is not None and launcher.index() == 0:  # one object, however many processes fail
         _print(_as_json({"error": message, "exit_code": code}))
 
 

@@ -93,3 +93,15 @@ def test_commands_that_run_in_one_process_are_refused_under_a_launcher(monkeypat
     assert (
         "a launcher started 2 processes, and only numprune prune and numprune recover share" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(("world", "rank", "objects"), [("2", "0", 1), ("2", "1", 0), ("1", "1", 1), (None, "1", 1)])
+def test_of_several_processes_that_fail_one_prints_json(world, rank, objects, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    assert main(["prune", "nowhere", "out", "--ratio", "0.3", "--text", "none.txt", "--json"]) == 1
+    told = capsys.readouterr()
+    assert told.out.count('"exit_code": 1') == objects
+    assert "error: " in told.err
