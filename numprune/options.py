@@ -5,6 +5,7 @@ Nothing here depends on weights or text.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from numprune.allocation import ALLOCATIONS, check_ratio, uniform
 from numprune.axes import AXES, DEFAULT_AXES, HIDDEN_SIZE, Limits
@@ -472,7 +473,11 @@ def around_left(options: PruneOptions, before: Anatomy, after: Anatomy) -> Prune
     """Return the options with a budget of bytes that counts the embeddings and norms of `after`, not `before`."""
     if options.budget is None:
         return options
-    return replace(options, budget=options.budget.resized(before.fixed_parameters, after.fixed_parameters))
+    left, whole = after.fixed_parameters, before.fixed_parameters
+    budget = options.budget.resized(whole, left)
+    of_heads = sum(prod(block.shared[name]) for block in after.blocks for name in block.head_norms)
+    unchanged = max(0, -(-budget.value * of_heads * (whole - left) // whole))  # these norms do not become narrower
+    return replace(options, budget=replace(budget, around=budget.around + unchanged))
 
 
 def sizes_allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:

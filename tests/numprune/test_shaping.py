@@ -13,11 +13,11 @@ from numprune.errors import InputError
 from numprune.hidden import Narrowing
 from numprune.layers import CopiedLayers
 from numprune.learning import check_learning
-from numprune.options import PruneOptions, check_options, with_shape
+from numprune.options import PruneOptions, check_options, left_of, with_shape
 from numprune.pruning import plan_layers, prune
 from numprune.shape import PLAIN, Shape, shape_fields, shapes_of
 from numprune.shaping import _Study, choose_shape, divergence, stream_loss
-from tests.conftest import build_tiny
+from tests.conftest import build_tiny, tiny_config
 
 ROWS = torch.randint(0, 256, (16, 20), generator=torch.Generator().manual_seed(0))
 SHAPES = shapes_of([56, 48], [1])
@@ -123,6 +123,17 @@ def test_candidates_share_a_budget_of_bytes(model):
 def test_candidates_that_make_no_sense_are_refused(model, changes, says):
     with pytest.raises(InputError, match=says):
         check_options(read_anatomy(model.config), replace(OPTIONS, **changes))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_norms_of_heads_count_in_full_beside_a_smaller_hidden_size(family):
+    def around(one):
+        return 2 * (one.fixed_parameters + sum(block.shared_parameters for block in one.blocks))
+
+    anatomy = read_anatomy(tiny_config(family, tie_word_embeddings=False))
+    options = replace(OPTIONS, ratio=0.0, shapes=(), budget=ByteBudget(1 << 30, around(anatomy), 2))
+    narrow, left = left_of(anatomy, replace(options, hidden_size=48), ())
+    assert left.budget.around == around(narrow)
 
 
 def test_a_budget_may_be_one_that_only_another_shape_meets(model, study):
