@@ -128,7 +128,7 @@ def require_writable(folder: Path) -> None:
 
     It is tried for real: permission bits say nothing about root in /proc.
     """
-    there = _existing(folder)
+    there = existing(folder)
     if not there.is_dir():
         raise DiskError(f"{there}: not a folder; {_REMEDIES[errno.ENOTDIR]}")
     try:
@@ -141,7 +141,7 @@ def require_writable(folder: Path) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Return the bytes free on the file system where `folder` is or will be."""
-    return shutil.disk_usage(_existing(folder)).free
+    return shutil.disk_usage(existing(folder)).free
 
 
 def bytes_below(folder: Path) -> int:
@@ -153,6 +153,6 @@ def _is_below(path: str | bytes, folder: Path) -> bool:
     return Path(os.fsdecode(path)).is_relative_to(folder)
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """Return the folder or its nearest existing parent."""
     return next(path for path in (folder, *folder.parents) if path.exists())

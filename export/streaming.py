@@ -40,8 +40,8 @@ class CheckpointLayers:
     Args:
         folder: a local checkpoint. It is read and checked as a whole first, as by `checkpoint.load`, and then read
             again layer by layer.
-        scratch: a folder on a disk with room for hidden states. The files there have no names, so nothing remains when
-            the process ends, however it ends.
+        scratch: a folder on a disk with room for hidden states, which need not exist yet. The files have no names, so
+            nothing remains when the process ends, however it ends.
         device: of the modules, a layer and the next one at a time.
         dtype: to compute in, whatever is stored.
         processes: that share the rows.
@@ -72,7 +72,7 @@ class CheckpointLayers:
         self._family = family_of(self._skeleton.config)
         self.task: Task = load_task(folder)
         self.processes = processes
-        self._scratch = scratch
+        self._scratch = disk.existing(scratch)
         self.config: PreTrainedConfig = self._skeleton.config
         self.anatomy = read_anatomy(self.config)
         # Only some rows of an embedding are filled, and the padding row matters for training only.

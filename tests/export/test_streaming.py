@@ -115,6 +115,12 @@ def test_hidden_states_are_in_an_unlinked_file(tiny_checkpoint, tmp_path) -> Non
     assert mapped() == before
 
 
+def test_hidden_states_need_no_folder_that_is_created_later(tiny_checkpoint, tmp_path) -> None:
+    layers = CheckpointLayers(tiny_checkpoint(), scratch=tmp_path / "new" / "folder")
+    assert layers.allocate(2, 3).shape == (2, 3)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_full_disk_is_named(tiny_checkpoint, tmp_path) -> None:
     layers = CheckpointLayers(tiny_checkpoint(), scratch=tmp_path)
     with pytest.raises(DiskError, match=r"no space for 8,796,093,022,208 bytes of hidden states"):
