@@ -67,7 +67,9 @@ def test_uniform_widths_are_stock_if_they_are_a_ratio(gated, width, stock):
     model = tiny(gated)
     anatomy = read_anatomy(model.config)
     widths = {"whole": anatomy.blocks[1].units, "half": 48 if gated else 64, "other": 40}
-    sizes = {block.name: Size(widths[width]) if block.kind == "mlp" else Size(3) for block in anatomy.blocks}
+    sizes = {
+        block.name: Size(widths[width]) if block.kind == "mlp" else Size(3, block.members) for block in anatomy.blocks
+    }
     config = pruned_config(model.config, anatomy.keeping(sizes))
     assert (config.model_type == "dinov2") is stock
     assert read_anatomy(config).blocks == anatomy.keeping(sizes).blocks
