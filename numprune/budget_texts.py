@@ -31,7 +31,7 @@ def parse_budgets(texts: Sequence[str]) -> Asked:
     """Return the limits of budgets like "6GiB", "20ms@decode,b=8,ctx=2048", "kv=64KiB/token".
 
     Raises:
-        InputError: one of them is none of these, or there are two of one kind.
+        InputError: a budget has another form, or two limit the same quantity.
     """
     found: dict[str, str] = {}
     limits: dict[str, int] = {}

@@ -239,7 +239,7 @@ class Plan(BaseModel):
         version: version 1 has no `splits`; version 2 has no members, axes, protection, dropped layers or `base`.
         budget: that chose sizes and schemes; None: the plan has no schemes.
         time_budget, kv_budget: that chose sizes, together with `budget` if it is given; None: they limit nothing.
-        price: of what the budgets chose; None: there is none, or a search or masks chose something else.
+        price: of what the budgets chose; None without a budget, or if a search or masks chose something else.
         base: digest of the checkpoint for which the plan was made; None: unknown, or removed to apply it to another.
         dropped: the removed layers, in the order in which they were chosen; their blocks keep no unit. The other layers
             are renumbered in the result, but not here.

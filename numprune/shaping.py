@@ -151,7 +151,7 @@ class _Study:
         return cls(model, layers, rows, options, dropped, moments, errors, rounding)
 
     def priced(self) -> Iterator[tuple[Shape, float]]:
-        """Yield every shape within the ratio or the budget, with its price. Raises InputError if there is none."""
+        """Yield every shape within the ratio or the budget, with its price. Raises InputError if no shape is."""
         refusals = []
         for shape in self.options.shapes:
             try:

@@ -27,12 +27,12 @@ _FID = ("fid", "kid", "inception_score")
 
 
 def identified_at(file: str) -> Text | None:
-    """A recipe's file by its content; None if there is none. Raises InputError."""
+    """A recipe's file by its content; None if the recipe names no file. Raises InputError."""
     return None if file == NO_FILE else identified(Path(file))
 
 
 def others(recipe: Recipe) -> list[str]:
-    """Settings that apply only to image generators, where the model is none."""
+    """Settings that apply only to image generators, where the model is not one."""
     found = [
         f"evaluate.{field} = {to_text(asked)}"
         for field in _ONLY

@@ -333,7 +333,7 @@ class Family:
         return (width * 2 // 3 + 7) // 8 * 8 if gated else width
 
     def ratio_of(self, width: int, hidden_size: int, *, gated: bool) -> int | None:
-        """Return the ratio whose `width_of` is this width; None: there is none."""
+        """Return the ratio whose `width_of` is this width, or None."""
         nearest = round(width * (1.5 if gated else 1) / hidden_size)
         found = (ratio for ratio in (nearest, nearest - 1) if ratio > 0)
         return next((ratio for ratio in found if self.width_of(ratio, hidden_size, gated=gated) == width), None)
