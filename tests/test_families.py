@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from numprune_vllm import sizes, weights
 
 from numprune import sensitivity
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
@@ -16,19 +15,16 @@ from numprune.budget import budget_of
 from numprune.calibration import Walker, consumer_weight
 from numprune.configs import pruned_config
 from numprune.depth import Shallower
-from numprune.errors import InputError
 from numprune.experts.inputs import Experts
 from numprune.experts.removal import routing_weights
-from numprune.export import checkpoint, onnx, onnx_decoder, parity, parity_encoder, vllm
-from numprune.export.streaming import CheckpointLayers
-from numprune.export.tasks import load_task
+from numprune.export import onnx_decoder
 from numprune.families import FAMILIES
 from numprune.images import Processor
 from numprune.layers import ModelLayers, leave, passed, replaced
 from numprune.modeling import AUTO_OF
 from numprune.options import PruneOptions
 from numprune.plans import DroppedLayer
-from numprune.pruning import config_after, prune, prune_layers, what_to_drop
+from numprune.pruning import config_after, prune_layers
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer
 from numprune.target import Target, allowed_sizes
@@ -37,7 +33,7 @@ from numprune.tasks.classification import Classification
 from numprune.tasks.embedding import Embedding
 from numprune.tasks.image_classification import ImageClassification
 from numprune.tasks.masked import Masked
-from tests.conftest import build_tiny, image_processor, write_checkpoint
+from tests.conftest import build_tiny, image_processor
 
 TASKS = {
     task.name: task
@@ -68,9 +64,6 @@ of_family = pytest.mark.parametrize("family", FAMILIES)
 of_decoder = pytest.mark.parametrize(
     "family", [name for name, family in FAMILIES.items() if "causal-lm" in family.tasks]
 )
-of_served = pytest.mark.parametrize(
-    "family", [name for name, family in FAMILIES.items() if family.vllm.runs and "causal-lm" in family.tasks]
-)
 of_task = pytest.mark.parametrize(
     ("family", "task"), [(name, task) for name, family in FAMILIES.items() for task in family.tasks]
 )
@@ -84,18 +77,6 @@ def output(model, task="causal-lm", tokens=None, mask=None):
     rows = rows_of(task) if tokens is None else tokens
     with torch.no_grad():
         return TASKS[task].output(model, rows, torch.ones_like(rows) if mask is None else mask)
-
-
-def distribution(model, task):
-    """The model's output as what a difference can be measured of: log-probabilities, or unit embeddings."""
-    found = output(model, task)
-    return found if task == "embedding" else found.log_softmax(-1)
-
-
-def distance(dense, pruned, task):
-    if task == "embedding":
-        return float(1 - (dense * pruned).sum(-1).mean())
-    return float((dense.exp() * (dense - pruned)).sum(-1).mean())
 
 
 def read_back(folder, family, task):
@@ -361,92 +342,6 @@ def test_the_dense_stream_passes_through_a_dropped_layer(family):
             torch.testing.assert_close(head(rows, stream.hidden), output(model, task), atol=1e-4, rtol=1e-4)
 
 
-def options_for(family, allocation, axes, **others):
-    """Of the axes a quarter goes, of query heads alone one in each group, of experts alone two in each layer."""
-    if axes == DEFAULT_AXES:
-        return PruneOptions(0.25, allocation=allocation, target=ALIGNED, **others)
-    if axes == EXPERTS:
-        anatomy = read_anatomy(build_tiny(family).config)
-        left = {block.name: block.size for block in anatomy.blocks}
-        left |= {block.name: Size(block.units - 2, block.members) for block in anatomy.of_kind("experts")}
-        return PruneOptions(removed(anatomy, left), allocation=allocation, axes=axes, target=ALIGNED, **others)
-    anatomy = read_anatomy(build_tiny(family).config)
-    left = {block.name: block.size for block in anatomy.blocks}
-    left |= {block.name: Size(block.units, block.members - 1) for block in anatomy.of_kind("attention")}
-    return PruneOptions(removed(anatomy, left), allocation=allocation, axes=axes, target=ALIGNED, **others)
-
-
-def removed(anatomy, left):
-    """The ratio that leaves these sizes."""
-    return 1 - budget_of(anatomy.keeping(left)).prunable_parameters / budget_of(anatomy).prunable_parameters
-
-
-QUERY_HEADS, EXPERTS = ("query-heads",), ("experts",)
-of_allocation = pytest.mark.parametrize(
-    ("family", "task", "allocation", "axes"),
-    [
-        costly(name, task, allocation, axes)
-        for name, family in FAMILIES.items()
-        for task in family.tasks
-        for allocation in ("uniform", "error")
-        for axes in (DEFAULT_AXES, QUERY_HEADS, EXPERTS)
-        # Without grouping, or with a norm over all heads, no query head can go by itself, and in a stock configuration
-        # that holds no fewer heads none can go.
-        if axes == DEFAULT_AXES
-        or (
-            axes == QUERY_HEADS
-            and family.kv_heads
-            and not family.attention.joint_norms
-            and (allocation == "error" or family.stock_heads != "all")
-        )
-        or (axes == EXPERTS and family.experts)
-    ],
-)
-
-
-def streamed(folder, options):
-    """The plan and the tensors of a checkpoint pruned layer by layer."""
-    layers, cut = CheckpointLayers(folder, scratch=folder.parent), {}
-    rows = rows_of(layers.task.name)
-    plan = prune_layers(
-        layers,
-        rows,
-        options,
-        lambda tensors: cut.update({name: value.clone() for name, value in tensors.items()}),
-        dropped=what_to_drop(layers, rows, options),
-    )
-    return plan, cut
-
-
-@pytest.mark.slow
-@of_allocation
-def test_streamed_pruning_matches_in_memory(family, task, allocation, axes, tmp_path):
-    options = options_for(family, allocation, axes)
-    folder = tmp_path / "base"
-    write_checkpoint(build_tiny(family, task=task), folder)
-    kept = prune(build_tiny(family, task=task), rows_of(task), options, task=load_task(folder))
-    plan, cut = streamed(folder, options)
-    assert plan.sizes() == kept.plan.sizes()
-    assert axes != QUERY_HEADS or Size(2, 1) in plan.sizes().values()
-    assert axes != EXPERTS or {Size(units, 24) for units in (2, 3, 4)} & set(plan.sizes().values())
-    inside = kept.model.state_dict()
-    for name, value in cut.items():
-        torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.slow
-@of_droppable
-def test_streamed_layer_dropping_matches_in_memory(family, task, tmp_path):
-    options = PruneOptions(0.65, drop_layers=1, target=ALIGNED)
-    folder = write_checkpoint(build_tiny(family, task=task), tmp_path / "base")
-    plan, cut = streamed(folder, options)
-    kept = prune(build_tiny(family, task=task), rows_of(task), options, task=load_task(folder))
-    assert (plan.dropped, plan.sizes()) == (kept.plan.dropped, kept.plan.sizes())
-    inside = kept.model.state_dict()
-    for name, value in cut.items():
-        torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
-
-
 @of_task
 def test_gradients_match_autograd_on_the_whole_model(family, task):
     model = build_tiny(family, task=task)
@@ -474,21 +369,6 @@ def test_gradients_match_autograd_on_the_whole_model(family, task):
         torch.testing.assert_close(found.taylor[block.name].sum().float(), salience, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.slow
-@of_allocation
-def test_a_refitted_model_errs_less(family, task, allocation, axes):
-    dense = distribution(build_tiny(family, task=task), task)
-
-    def error(compensation):
-        options = options_for(family, allocation, axes, compensation=compensation)
-        pruned = prune(build_tiny(family, task=task), rows_of(task), options, task=TASKS[task]).model
-        return distance(dense, distribution(pruned, task), task)
-
-    none, oneshot, joint = (error(name) for name in ("none", "oneshot", "joint"))
-    assert oneshot < none
-    assert joint < none
-
-
 @of_family
 @pytest.mark.parametrize("axes", [DEFAULT_AXES, AXES])
 def test_uniform_pruning_stays_within_stock_configurations(family, axes):
@@ -502,62 +382,6 @@ def test_uniform_pruning_stays_within_stock_configurations(family, axes):
     assert per_layer == (every if block.separable else [block.size])
     assert uniform == [size for size in per_layer if anatomy.stock_holds(block, size)]
     assert uniform[-1] == block.size
-
-
-@of_decoder
-@pytest.mark.slow
-def test_every_family_is_exported_to_onnx(family, tmp_path):
-    model = build_tiny(family)
-    alike = all(len(set(getattr(model.config, name, None) or ())) < 2 for name in ("layer_types", "no_rope_layers"))
-    if alike and len(read_anatomy(model.config).kinds) == 2:
-        model = build_tiny(family, num_hidden_layers=1)  # all layers are alike, and a trace takes seconds a layer
-    base = write_checkpoint(model, tmp_path / "base")
-    made = onnx.export(base, tmp_path / "onnx")
-    assert made.facts["exporter"] == ("numprune" if family in onnx_decoder.FAMILIES else "torch")
-    proof = parity.check(base, tmp_path / "onnx", "onnxruntime")
-    assert proof["logit_error_max"] < 1e-4
-    assert proof["candidate"]["kv_bytes_per_token"] == proof["reference"]["kv_bytes_per_token"]
-
-
-ENCODERS = [name for name, family in FAMILIES.items() if "causal-lm" not in family.tasks]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "task"),
-    [(name, FAMILIES[name].tasks[index % len(FAMILIES[name].tasks)]) for index, name in enumerate(ENCODERS)],
-)
-def test_every_encoder_is_exported_to_onnx(family, task, tmp_path):
-    model = build_tiny(family, task=task, **({} if FAMILIES[family].stages else {"num_hidden_layers": 1}))
-    base = write_checkpoint(model, tmp_path / "base")
-    onnx.export(base, tmp_path / "onnx")
-    proof = parity_encoder.check(base, tmp_path / "onnx", "onnxruntime", device="cpu")
-    assert proof["output_error_max"] < 1e-4
-
-
-@of_served
-def test_every_family_is_served_or_refused_by_name_before_any_work(family, tmp_path):
-    base, pruned = write_checkpoint(build_tiny(family), tmp_path / "base"), tmp_path / "pruned"
-    assert not vllm.preflight(checkpoint.read_config(base))["plugin"]
-    options = PruneOptions(0.5, allocation="error", target=ALIGNED)  # so much that no family's layers stay alike
-    checkpoint.save(prune(build_tiny(family), ROWS, options).model, base, pruned)
-    if FAMILIES[family].vllm.per_layer:
-        assert vllm.preflight(checkpoint.read_config(pruned))["plugin"]
-    else:
-        with pytest.raises(InputError, match=f"vLLM does not run {family} with layers of different sizes"):
-            vllm.export(pruned, tmp_path / "vllm")
-
-
-@of_served
-def test_exported_tensors_match_the_vllm_loader(family, tmp_path):
-    models = {"stock": build_tiny(family)}
-    if FAMILIES[family].vllm.per_layer:
-        layers = {1: {FAMILIES[family].width: 32}}
-        models["per layer"] = build_tiny(PER_LAYER_PREFIX + family, per_layer_config=layers)
-    for name, model in models.items():
-        out = tmp_path / name / "vllm"
-        vllm.export(write_checkpoint(model, tmp_path / name / "base"), out)
-        weights.audit(out, sizes.expected_tensors(checkpoint.read_config(out)))
 
 
 HEADS = {

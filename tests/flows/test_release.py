@@ -13,8 +13,13 @@ from numprune.flows.release import release
 from numprune.flows.steps import deploy
 from numprune.serving import registry as registries
 from numprune.serving.registry import Registry, Version
-from tests.serving.conftest import report_json  # noqa: F401 - fixtures
-from tests.serving.test_registry import _empty_registry, make_release, registry, workspace  # noqa: F401 - fixtures
+from tests.serving.conftest import (  # noqa: F401 - fixtures
+    _empty_registry,
+    make_release,
+    registry,
+    report_json,
+    workspace,
+)
 
 pytestmark = pytest.mark.slow
 

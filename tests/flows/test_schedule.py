@@ -21,9 +21,14 @@ import yaml
 from numprune.serving import registry as registries
 from numprune.serving.registry import Registry
 from tests.flows.orchestration import Json, Prefect
-from tests.serving.conftest import report_json  # noqa: F401 - fixtures
+from tests.serving.conftest import (  # noqa: F401 - fixtures
+    _empty_registry,
+    make_release,
+    registry,
+    report_json,
+    workspace,
+)
 from tests.serving.team import databases, postgresql
-from tests.serving.test_registry import _empty_registry, make_release, registry, workspace  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.slow
 

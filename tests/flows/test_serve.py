@@ -36,8 +36,9 @@ from numprune.serving.vllm import api_key
 from numprune.serving.vllm.process import TAG, kill_tagged, tagged
 from numprune.serving.vllm.server import free_port
 from tests.flows.conftest import Answered
-from tests.serving.releases import SMALL, make_release, publish, require_vllm, stored
+from tests.serving.releases import SMALL, make_release, publish, require_vllm
 from tests.serving.test_vllm_environment import make as make_environment
+from tests.serving.workspaces import stored
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -1,10 +1,20 @@
-"""A complete report as plain JSON, for tests to change."""
+"""A complete report as plain JSON, for tests to change; a registry and releases for it."""
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from numprune.export import manifest
+from numprune.serving import registry as registries
+from numprune.serving.gates import Gate, Policy, judge
+from numprune.serving.registry import Registry
+from numprune.serving.report import Report, markdown, write
+from tests.serving.workspaces import MakeRelease
 
 Json = dict[str, Any]
 
@@ -134,3 +144,55 @@ def put() -> Callable[[Json, str, Any], Json]:
         return data
 
     return change
+
+
+@pytest.fixture(scope="session")
+def _empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow takes seconds to make its tables: once a session, then a copy for each test."""
+    workspace = tmp_path_factory.mktemp("template")
+    registries.open_registry(None, workspace)
+    return workspace / "registry"
+
+
+@pytest.fixture
+def workspace(_empty_registry: Path, tmp_path: Path) -> Path:
+    """With a space and letters beyond ASCII in its path."""
+    folder = tmp_path / "wörk späce 作業"
+    shutil.copytree(_empty_registry, folder / "registry")
+    return folder
+
+
+@pytest.fixture
+def registry(workspace: Path) -> Registry:
+    return registries.open_registry(None, workspace)
+
+
+@pytest.fixture
+def make_release(tmp_path: Path, report_json: Json) -> MakeRelease:
+    """`make_release("a")` writes the folder of a release; its content follows from its name."""
+
+    def make(
+        content: str = "a", *, limit: float = 0.8, change: Callable[[Path], object] = lambda _: None, **report: Any
+    ) -> Path:
+        parts = tmp_path / f"parts {content} {len(list(tmp_path.iterdir()))}"
+        with manifest.creating(parts / "checkpoint", kind="checkpoint") as partial:
+            (partial / "model.safetensors").write_bytes(content.encode() * 1000)
+            (partial / "config.json").write_text(json.dumps({"model": content}))
+        with manifest.creating(parts / "onnx", kind="onnx") as partial:
+            (partial / "model.onnx").write_bytes(content.encode() * 500)
+        candidate = manifest.read(parts / "checkpoint").digest
+        identity = {"candidate": candidate, "exports": {"onnx": manifest.read(parts / "onnx").digest}}
+        data = {**report_json, "identity": {**report_json["identity"], **identity}, **report}
+        unjudged = Report.model_validate(data)
+        policy = Policy(gates=(Gate(metric="sizes.parameters.ratio", bound="point", max=limit),))
+        judged = unjudged.judged(judge(unjudged, policy)) if limit else unjudged
+        release = parts / "release"
+        with manifest.creating(release, kind="release", parents={"checkpoint": candidate}) as partial:
+            shutil.copytree(parts / "checkpoint", partial / "checkpoint")
+            shutil.copytree(parts / "onnx", partial / "onnx")
+            write(judged, partial / "report.json")
+            (partial / "report.md").write_text(markdown(judged))
+            change(partial)
+        return release
+
+    return make

@@ -75,11 +75,6 @@ def publish(release: Path, workspace: Path, name: str, *, promote: bool = True) 
     return registry.promote(opened, version.reference) if promote else version
 
 
-def stored(workspace: Path, version: Version) -> Path:
-    """Where the workspace's registry keeps the files of a version."""
-    return workspace / "registry" / "artifacts" / version.run_id / "artifacts" / "release"
-
-
 def require_vllm() -> Environment:
     """vLLM's environment; the test is skipped where none is meant to be."""
     try:

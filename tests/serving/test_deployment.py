@@ -14,7 +14,8 @@ from numprune.serving import deployment, registry
 from numprune.serving.deployment import Deployment, choose_dtype, prepare
 from numprune.serving.vllm import server
 from numprune.serving.vllm.environment import TESTED, Environment
-from tests.serving.releases import make_release, publish, stored, write_checkpoint
+from tests.serving.releases import make_release, publish, write_checkpoint
+from tests.serving.workspaces import stored
 
 NAME = "tiny"
 WEIGHTS = "model.safetensors"

@@ -19,7 +19,7 @@ from numprune.serving.registry import Registry
 from tests.flows.conftest import Answered, numprune  # noqa: F401 - a fixture
 from tests.serving import releases
 from tests.serving.team import PASSWORD, USER, Actors, Ended, Lost, Team, running
-from tests.serving.test_registry import WEIGHTS, MakeRelease, contents, flip_bit, make_release  # noqa: F401 - a fixture
+from tests.serving.workspaces import WEIGHTS, MakeRelease, contents, flip_bit
 
 pytestmark = pytest.mark.slow
 
