@@ -49,10 +49,13 @@ def load_processor(folder: Path, config: Any) -> Processor:
         )
     if made[1:] != shape:
         patches = family_of(config).patches
-        remedy = "; positions are not interpolated: set its sizes to image_size" if patches and patches.square else ""
+        remedy = (
+            "; positions are not interpolated: set its sizes to image_size, or write the model with positions of its "
+            "size (Families, Positions of DINOv2)"
+        )
         raise InputError(
             f"{found[0]}: gives images of shape {list(made[1:])}, but config.json says num_channels and image_size of "
-            f"{list(shape)}; they do not belong together{remedy}"
+            f"{list(shape)}; they do not belong together{remedy if patches and patches.square else ''}"
         )
     return processor
 

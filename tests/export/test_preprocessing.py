@@ -1,8 +1,12 @@
 """A model's image processor belongs to it, or is refused with the remedy."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForImageClassification
 
 from numprune.errors import InputError
 from numprune.export.config import read_config
@@ -50,14 +54,38 @@ def test_a_processor_of_another_model_is_refused(base, settings, said):
 
 
 def test_dinov2_reads_images_of_the_size_in_its_configuration(tmp_path):
-    base = write_checkpoint(build_tiny("dinov2"), tmp_path / "base")
-    sizes = {"size": {"shortest_edge": 10}, "crop_size": {"height": 8, "width": 8}}
-    settings = {"image_processor_type": "BitImageProcessor", "do_center_crop": True, "do_convert_rgb": False}
-    change(base, **settings, **sizes)
+    base = dinov2(tmp_path / "base", crop=8)
     assert load(base).shape == (1, 8, 8)
     change(base, crop_size={"height": 6, "width": 6})
-    with pytest.raises(InputError, match=r"\[1, 6, 6\].* positions are not interpolated: set its sizes to image_size"):
+    said = (
+        r"\[1, 6, 6\].* positions are not interpolated: set its sizes to image_size, or write the model with"
+    )
+    with pytest.raises(InputError, match=said):
         load(base)
+
+
+def test_positions_of_dinov2_are_written_as_documented(tmp_path):
+    """A published checkpoint has positions for 518 pixels, and its processor gives 224; here 8 and 4."""
+    base, out = dinov2(tmp_path / "base", crop=4), tmp_path / "small"
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    snippet = page.split("## Positions of DINOv2")[1].split("```python\n")[1].split("```")[0]
+    for shown, here in (('"dinov2"', repr(str(base))), ("224\n", "4\n"), ('"dinov2-224"', repr(str(out)))):
+        assert shown in snippet
+        snippet = snippet.replace(shown, here)
+    exec(snippet, {})
+    shutil.copy(base / "preprocessor_config.json", out)
+    assert load(out).shape == (1, 4, 4)
+    pixels = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    before, after = (AutoModelForImageClassification.from_pretrained(folder) for folder in (base, out))
+    with torch.no_grad():  # published models interpolate whenever the size differs
+        torch.testing.assert_close(after(pixel_values=pixels).logits, before(pixel_values=pixels).logits)
+
+
+def dinov2(folder, crop):
+    base = write_checkpoint(build_tiny("dinov2"), folder)
+    settings = {"image_processor_type": "BitImageProcessor", "do_center_crop": True, "do_convert_rgb": False}
+    change(base, **settings, size={"shortest_edge": 10}, crop_size={"height": crop, "width": crop})
+    return base
 
 
 @pytest.mark.parametrize("name", ["ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor"])
