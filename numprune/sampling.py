@@ -10,7 +10,9 @@ from numprune.anatomy import code_vocabulary, codes_per_image
 from numprune.codes import CodeVocabulary
 from numprune.errors import InputError, IntegrityError
 
-_BATCH = 16  # images that have a KV cache at once
+# Images that have a KV cache at once. A constant, not a setting: noise is drawn batch by batch, so that with another
+# number the same seed would give other images, and runs on different machines could not be compared.
+_BATCH = 16
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
