@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import numprune
 from numprune.flows.embedded import digits
@@ -61,3 +62,15 @@ def test_refitted_channels_lose_less_than_the_largest_ones(trained: Path) -> Non
         found = numprune.evaluate(numprune.prune(model, rows, options), trained / "heldout", baseline=model)
         kl[criterion] = found.metrics["kl_nats_per_image"]
     assert kl["obs"] < 0.5 * min(kl["magnitude"], kl["dimap"])
+
+
+def test_training_uses_one_thread() -> None:
+    before, used = torch.get_num_threads(), set()
+    model = digits.build_vit(hidden_size=16, layers=1)
+    model.register_forward_hook(lambda *_: used.add(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        digits.train(model, torch.zeros(160, 1, 8, 8), torch.zeros(160, dtype=torch.long), epochs=1, seed=0)
+        assert (used, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
