@@ -6,7 +6,7 @@ Pillow is imported where an image is read: models of text are pruned without it,
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,24 +84,39 @@ def _decoded(picture: Picture, channels: int) -> Any:
         raise InputError(f"image {picture.name}: Pillow cannot read it: {reason(error)}") from None
 
 
-def image_rows(pictures: Sequence[Picture], processor: Processor, labels: list[int] | None = None) -> TokenRows:
-    """Return each picture as a row of pixel values; the digest includes the labels. Raises InputError."""
+def image_rows(
+    pictures: Sequence[Picture], processor: Processor, labels: list[int] | None = None, *, distinct: bool = False
+) -> TokenRows:
+    """Return each picture as a row of pixel values; the digest includes the labels.
+
+    Args:
+        labels: class of each picture.
+        distinct: of pictures with the same pixel values and class, only the first becomes a row.
+
+    Raises InputError.
+    """
     if not pictures:
         raise InputError("no images: give at least one folder of them")
-    rows: list[Tensor] = []
+    rows: dict[Hashable, tuple[int, Tensor]] = {}  # what makes it distinct -> its picture and pixel values
     problems: list[str] = []
-    digest = hashlib.sha256(repr((processor.shape, labels)).encode())
-    for picture in progress(pictures, "read", "image"):
+    for index, picture in enumerate(progress(pictures, "read", "image")):
         try:
-            rows.append(processor.pixels(picture))
-            digest.update(rows[-1].numpy().tobytes())
+            pixels = processor.pixels(picture)
         except InputError as error:
             problems.append(str(error))
+            continue
+        content = hashlib.sha256(pixels.numpy().tobytes()).digest(), None if labels is None else labels[index]
+        rows.setdefault(content if distinct else index, (index, pixels))
     if problems:
         more = f"; and {counted(len(problems) - _SHOWN, 'more image')}" if len(problems) > _SHOWN else ""
         raise InputError("; ".join(problems[:_SHOWN]) + more)
-    names = [picture.name for picture in pictures]
-    return TokenRows(rows, list(range(len(rows))), names, digest.hexdigest(), labels=labels)
+    used, values = zip(*rows.values(), strict=True)
+    labels = None if labels is None else [labels[index] for index in used]
+    digest = hashlib.sha256(repr((processor.shape, labels)).encode())
+    for pixels in values:
+        digest.update(pixels.numpy().tobytes())
+    names = [pictures[index].name for index in used]
+    return TokenRows(list(values), list(range(len(values))), names, digest.hexdigest(), labels=labels)
 
 
 def draw_pictures(pictures: Sequence[Picture], samples: int, seed: int) -> list[Picture]:

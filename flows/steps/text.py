@@ -87,7 +87,12 @@ def text_rows(
 ) -> TokenRows:
     """A recipe's text or images as rows for a task; the other arguments are `read_text`'s. Raises InputError."""
     if isinstance(task, ImageClassification):
-        rows = task.rows(read_images(text, reading), labelled=part == "heldout")
+        pictures = read_images(text, reading)
+        rows = task.rows(pictures, judged=part == "heldout")
+        if copies := len(pictures) - len(rows.rows):
+            logger.warning(
+                "%s of others in one class, with the same pixels; each image counts once", counted(copies, "copy")
+            )
         logger.info(
             "%s images: %d%s",
             "calibration" if part == "train" else "held-out",

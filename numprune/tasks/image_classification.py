@@ -31,12 +31,15 @@ class ImageClassification(classes.ClassTask):
     unit: ClassVar[str] = LOSS_UNITS["image-classification"]
     item: ClassVar[str] = "image"
 
-    def rows(self, pictures: Sequence[Picture], *, labelled: bool = False) -> TokenRows:
-        """Return each picture as a row of pixel values, with labels if `labelled` and all pictures have one.
+    def rows(self, pictures: Sequence[Picture], *, judged: bool = False) -> TokenRows:
+        """Return each picture as a row of pixel values; if `judged`, those to judge a model on.
+
+        They have labels if all pictures have one, and copies of an image in one class count once: intervals are over
+        independent images.
 
         Raises InputError: a picture cannot be read, or has an unknown label, or only some have one.
         """
-        return image_rows(pictures, self.processor, self.labels(pictures) if labelled else None)
+        return image_rows(pictures, self.processor, self.labels(pictures) if judged else None, distinct=judged)
 
     def labels(self, pictures: Sequence[Picture]) -> list[int] | None:
         """Return the class of each picture, or None if no picture has one. Raises InputError."""

@@ -181,3 +181,17 @@ def test_samples_are_drawn_without_repeats():
     assert len({one.name for one in drawn}) == 12
     with pytest.raises(InputError, match="there are 20 calibration images, but 21 samples were requested"):
         draw_pictures(pictures, 21, seed=0)
+
+
+def test_copies_in_one_class_count_once_where_a_model_is_judged(tmp_path):
+    folder = write_images(tmp_path / "images", 4, ["a", "b"])
+    shutil.copy(folder / "a" / "000.png", folder / "a" / "copy.png")
+    shutil.copy(folder / "a" / "000.png", folder / "b" / "other-class.png")
+    pictures, labels = read_pictures([folder]), [0, 0, 0, 1, 1, 1]
+    rows = image_rows(pictures, GREY, labels, distinct=True)
+    assert rows.names == ["a/000.png", "a/002.png", "b/001.png", "b/003.png", "b/other-class.png"]
+    assert (rows.labels, rows.document, len(rows.rows)) == ([0, 0, 1, 1, 1], [0, 1, 2, 3, 4], 5)
+    alone = [one for one in pictures if one.name != "a/copy.png"]
+    assert rows.digest == image_rows(alone, GREY, [0, 0, 1, 1, 1]).digest
+    assert len(image_rows(pictures, GREY, distinct=True).rows) == 4
+    assert len(image_rows(pictures, GREY).rows) == 6

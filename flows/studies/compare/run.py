@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
+from numprune.counted import counted
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import locks
@@ -37,6 +38,7 @@ from numprune.flows.studies.compare.methods import reads_dense_moments, reads_gr
 from numprune.flows.studies.compare.plot import as_svg
 from numprune.flows.studies.compare.steps import SharedPass
 from numprune.flows.studies.compare.table import Conditions, Row, Table, as_csv, as_markdown
+from numprune.pictures import files_of
 from numprune.units import LOSS_UNITS
 
 R = TypeVar("R")
@@ -246,15 +248,21 @@ class _Comparison:
 
 
 def _check_text(request: Request) -> None:
-    """Refuse a held-out text that is also calibration text. Raises InputError."""
-    calibration, heldout = (
-        [file for file in text if Path(file).is_file()] if isinstance(text, list) else []
-        for text in (request.text, request.heldout)
-    )
-    calibrated_on = {sha256_file(Path(file)): file for file in calibration}
-    for file in heldout:
-        if same := calibrated_on.get(sha256_file(Path(file))):
-            raise InputError(f"--heldout {file} is the same text as --text {same}; nothing would be held out")
+    """Refuse held-out text, or a held-out image, that is also calibrated on. Raises InputError."""
+    calibration, heldout = (_files(text) for text in (request.text, request.heldout))
+    calibrated_on = {sha256_file(file): file for file in calibration}
+    copies = [file for file in heldout if sha256_file(file) in calibrated_on]
+    if copies:
+        raise InputError(
+            f"--heldout: {counted(len(copies), 'file')} also in --text, so not held out; {copies[0]} is the same as "
+            f"{calibrated_on[sha256_file(copies[0])]}"
+        )
+
+
+def _files(text: str | list[str] | None) -> list[Path]:
+    """Return the files of a text, and the images in its folders."""
+    paths = [Path(path) for path in text] if isinstance(text, list) else []
+    return [file for path in paths for file in (files_of(path) if path.is_dir() else [path] if path.is_file() else [])]
 
 
 @contextmanager

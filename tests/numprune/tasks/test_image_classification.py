@@ -31,7 +31,7 @@ def log_probabilities(model, rows):
 
 
 def test_with_labels_the_loss_is_their_nll_and_accuracies_are_paired(pictures):
-    rows, candidate, baseline = TASK.rows(pictures, labelled=True), tiny(1), tiny()
+    rows, candidate, baseline = TASK.rows(pictures, judged=True), tiny(1), tiny()
     labels = torch.tensor(rows.labels)
     assert labels.tolist() == [index for index in range(7) for _ in range(4)]
     ours, theirs = (log_probabilities(model, rows) for model in (candidate, baseline))
@@ -64,13 +64,13 @@ def test_labels_that_are_no_classes_are_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"zebra/001.png: label 'zebra' is not a class of the model; its classes are a, b"
     ):
-        TASK.rows(other, labelled=True)
+        TASK.rows(other, judged=True)
     some = read_pictures([write_images(tmp_path / "some", 1, ["a"]), write_images(tmp_path / "none", 1)])
     with pytest.raises(InputError, match=r"000.png: has no label, but others do; label all of them or none"):
-        TASK.rows(some, labelled=True)
+        TASK.rows(some, judged=True)
 
 
 def test_images_of_another_shape_are_refused(pictures):
     model = build_tiny("vit", num_labels=7, image_size=4)
     with pytest.raises(InputError, match=r"images have shape \[1, 8, 8\], but the model reads \[1, 4, 4\]"):
-        evaluate(model, TASK.rows(pictures, labelled=True), TASK)
+        evaluate(model, TASK.rows(pictures, judged=True), TASK)

@@ -169,4 +169,4 @@ def test_calibration_text_cannot_be_held_out(tiny, tmp_path, capsys):
     (tmp_path / "copy.txt").write_text((tiny / "train.txt").read_text())
     text = ["--text", str(tiny / "train.txt"), "--heldout", str(tmp_path / "copy.txt")]
     assert main([str(tiny / "base"), *text, "--out", str(tmp_path / "out")]) == 1
-    assert "nothing would be held out" in capsys.readouterr().err
+    assert "--heldout: 1 file also in --text, so not held out" in capsys.readouterr().err

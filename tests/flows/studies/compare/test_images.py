@@ -1,6 +1,7 @@
 """The command on an image classifier."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,12 @@ def test_images_to_compare_by_are_required(tmp_path: Path, capsys: pytest.Captur
         "image classifiers are compared on images: give --text and --heldout, folders of images"
         in capsys.readouterr().err
     )
+
+
+def test_an_image_that_is_calibrated_on_is_not_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_checkpoint(build_tiny("vit", num_hidden_layers=1), tmp_path / "base")
+    train, heldout = (write_images(tmp_path / name, 4, CLASSES, seed) for seed, name in enumerate(("train", "heldout")))
+    shutil.copy(train / "LABEL_0" / "000.png", heldout / "LABEL_1" / "copy.png")
+    asked = ["--text", str(train), "--heldout", str(heldout), "--samples", "2", "--out", str(tmp_path / "out")]
+    assert main([str(base), *asked]) == 1
+    assert "--heldout: 1 file also in --text, so not held out" in capsys.readouterr().err
