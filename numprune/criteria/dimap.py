@@ -1,5 +1,7 @@
 """DIMAP's importance of weights, summed over units (He and Zhou, ICLR 2024, arXiv 2404.13648)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -23,25 +25,39 @@ def dimap(view: BlockView) -> Tensor:
 def importances(layer: nn.Module, block: Block) -> Tensor:
     """Return the summed importance of the weights of each unit's members, (units, members) float64.
 
-    A weight's importance is w^2 / sum of v^2 over the weights v of its module with |v| >= |w|. Modules are
-    those of the paper: queries, keys and values (QKV-M), the projection after them (PRJ-M), and an MLP as a whole
-    (MLP-M); biases do not count.
+    Biases do not count.
     """
-    writers = [part.tensor for part in block.writers if part.hidden_dim is not None]
-    reader = [block.reader.tensor]
-    modules = [writers, reader] if block.kind == "attention" else [[*writers, *reader]]
     found: dict[str, Tensor] = {}
-    for names in modules:
-        matrices = [layer.get_parameter(name).double() for name in names]
-        squares = torch.cat([matrix.flatten() for matrix in matrices]).square()
-        order = squares.argsort(descending=True)
-        larger = torch.empty_like(squares)
-        larger[order] = squares[order].cumsum(0)
-        shares = squares / larger.clamp_min(torch.finfo(torch.float64).tiny)
-        parts = shares.split([matrix.numel() for matrix in matrices])
-        found |= {name: part.view_as(matrix) for name, part, matrix in zip(names, parts, matrices, strict=True)}
+    for names in matrices_of(block):
+        found |= dict(zip(names, weight_importances([layer.get_parameter(name) for name in names]), strict=True))
 
     def importance(name: str) -> Tensor:
         return found[name] if name in found else torch.zeros_like(layer.get_parameter(name), dtype=torch.float64)
 
     return by_member(block, importance, found[block.reader.tensor].device)
+
+
+def matrices_of(block: Block) -> list[list[str]]:
+    """Return the parameters of each of the block's layers in the paper's sense, by names in the decoder layer.
+
+    Queries, keys and values are one layer (ATT-QKV), the projection after them another (ATT-PRJ). Each matrix of an MLP
+    is a layer (MLP-FC1, MLP-FC2).
+    """
+    writers = [part.tensor for part in block.writers if part.hidden_dim is not None]
+    of_writers = [writers] if block.kind == "attention" else [[name] for name in writers]
+    return [*of_writers, [block.reader.tensor]]
+
+
+def weight_importances(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return the importance of each weight of a layer, float64: w^2 / sum of v^2 over its v with |v| >= |w| (eq. 10).
+
+    Args:
+        matrices: that form the layer.
+    """
+    squares = torch.cat([matrix.flatten() for matrix in matrices]).double().square()
+    order = squares.argsort(descending=True)
+    larger = torch.empty_like(squares)
+    larger[order] = squares[order].cumsum(0)
+    shares = squares / larger.clamp_min(torch.finfo(torch.float64).tiny)
+    parts = shares.split([matrix.numel() for matrix in matrices])
+    return [part.view_as(matrix) for part, matrix in zip(parts, matrices, strict=True)]

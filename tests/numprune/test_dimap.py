@@ -20,7 +20,7 @@ SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, 
 
 
 def by_definition(*weights):
-    """The importance of every weight of a module, as tensors like the weights."""
+    """The importance of every weight of a layer of the paper, as tensors like the weights."""
     squares = torch.cat([weight.flatten() for weight in weights]).double().square()
     shares = squares / ((squares >= squares[:, None]) * squares).sum(1)
     parts = shares.split([weight.numel() for weight in weights])
@@ -31,7 +31,7 @@ def by_definition(*weights):
 def test_importances_are_those_of_the_paper_summed_over_units():
     model = build_tiny("vit", **SMALL)
     layer, (attention, mlp) = model.vit.layers[0], read_anatomy(model.config).of_layer(0)
-    fc1, fc2 = by_definition(layer.mlp.fc1.weight, layer.mlp.fc2.weight)
+    (fc1,), (fc2,) = by_definition(layer.mlp.fc1.weight), by_definition(layer.mlp.fc2.weight)
     torch.testing.assert_close(importances(layer, mlp)[:, 0], fc1.sum(1) + fc2.sum(0))
     heads = layer.attention
     query, key, value = by_definition(heads.q_proj.weight, heads.k_proj.weight, heads.v_proj.weight)

@@ -150,6 +150,8 @@ def as_markdown(table: Table) -> str:
         predicted = "next-token distribution, `top-1` the agreement on the most probable token"
     if set(conditions.axes) != set(DEFAULT_AXES):
         judged += f". Only {' and '.join(conditions.axes)} may be pruned"
+    if any(row.method == "dimap-weights" for row in rows):
+        judged += ". `dimap-weights` sets single weights to zero, which count as removed; nothing becomes smaller"
     notes = (
         f"{conditions.model}: calibrated on {sizes} {rows_of} (seed {conditions.seed}), evaluated on {judged}.{unit} "
         "`removed` is the share of the attention and MLP projections that was removed, less any parameters that a "
