@@ -7,7 +7,17 @@ from typing import Any
 from numprune.flows.names import RUNTIME_OF_EXPORT
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Stage, StageResult
-from numprune.flows.steps import bodies, fid_bodies
+from numprune.flows.steps.bodies.evaluation import make_baseline, make_benchmark, make_quality, make_task_answers
+from numprune.flows.steps.bodies.exports import (
+    make_onnx,
+    make_onnxruntime,
+    make_parity,
+    make_reference_answers,
+    make_tensorrt,
+    make_vllm,
+)
+from numprune.flows.steps.bodies.fid import make_image_metrics, make_real_features, make_sampled_features
+from numprune.flows.steps.bodies.report import make_report
 from numprune.flows.steps.results import (
     Answers,
     AttentionProbe,
@@ -33,7 +43,7 @@ def score_baseline(run: Run, corpus: str, heldout: StageResult[HeldoutRows]) -> 
     stage = Stage.of(
         "baseline",
         "export",
-        bodies.make_baseline,
+        make_baseline,
         model=run.base,
         rows=heldout.artifact,
         rows_digest=heldout.facts.digest,
@@ -47,18 +57,18 @@ def export(run: Run, export_format: str, source: Artifact, side: str) -> Stage[E
     name, asked, load = f"export-{export_format}", run.recipe.export, run.recipe.benchmark
     if export_format == "vllm":
         cast_to = None if asked.dtype == "auto" else asked.dtype
-        stage = Stage.of(name, "export", bodies.make_vllm, source=source, shard_size=asked.shard_size, dtype=cast_to)
+        stage = Stage.of(name, "export", make_vllm, source=source, shard_size=asked.shard_size, dtype=cast_to)
     elif export_format == "onnx":
         dtype = run.precision[RUNTIME_OF_EXPORT[export_format]]
-        stage = Stage.of(name, "export", bodies.make_onnx, source=source, opset=asked.opset, dtype=dtype)
+        stage = Stage.of(name, "export", make_onnx, source=source, opset=asked.opset, dtype=dtype)
     elif export_format == "onnxruntime":
         dtype = run.precision[RUNTIME_OF_EXPORT[export_format]]
-        stage = Stage.of(name, "export", bodies.make_onnxruntime, source=source, dtype=dtype)
+        stage = Stage.of(name, "export", make_onnxruntime, source=source, dtype=dtype)
     else:
         stage = Stage.of(
             name,
             "export",
-            bodies.make_tensorrt,
+            make_tensorrt,
             source=source,
             # An engine is built for sizes up to these and for one kind of GPU.
             max_batch=max(8, load.batch_size),
@@ -73,7 +83,7 @@ def prove(run: Run, export_format: str, reference: Artifact, exported: Artifact,
     stage = Stage.of(
         f"parity-{export_format}",
         "export",
-        bodies.make_parity,
+        make_parity,
         reference=reference,
         candidate=exported,
         runtime=RUNTIME_OF_EXPORT[export_format],
@@ -87,7 +97,7 @@ def compute_answers(run: Run, candidate: Artifact, unquantized: Artifact | None)
     return Stage.of(
         "reference-answers",
         "serving",
-        bodies.make_reference_answers,
+        make_reference_answers,
         checkpoint=candidate,
         unquantized=unquantized,
         device=run.device,
@@ -108,7 +118,7 @@ def evaluate(
     stage = Stage.of(
         "quality",
         "export",
-        bodies.make_quality,
+        make_quality,
         candidate=candidate,
         unquantized=unquantized,
         pruned=pruned,
@@ -132,7 +142,7 @@ def read_real_images(run: Run) -> Stage[ImageFeatures]:
     return Stage.of(
         "real-features",
         "export",
-        fid_bodies.make_real_features,
+        make_real_features,
         model=run.base,
         images=run.fid_images,
         decoder=run.decoder,
@@ -146,7 +156,7 @@ def sample_images(run: Run, model: Artifact, side: str) -> Stage[ImageFeatures]:
     stage = Stage.of(
         "sampled-features",
         "export",
-        fid_bodies.make_sampled_features,
+        make_sampled_features,
         model=model,
         colours=run.base,
         samples=run.recipe.evaluate.fid_samples,
@@ -163,7 +173,7 @@ def compare_images(run: Run, real: Artifact, baseline: Artifact, candidate: Arti
     return Stage.of(
         "fid",
         "numprune",
-        fid_bodies.make_image_metrics,
+        make_image_metrics,
         real=real,
         baseline=baseline,
         candidate=candidate,
@@ -177,7 +187,7 @@ def answer_tasks(run: Run, model: Artifact, side: str) -> Stage[TaskAnswers]:
     stage = Stage.of(
         "tasks",
         "serving",
-        bodies.make_task_answers,
+        make_task_answers,
         model=model,
         tasks=run.tasks,
         num_fewshot=asked.num_fewshot,
@@ -194,7 +204,7 @@ def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact, l
     stage = Stage.of(
         f"benchmark-{runtime}",
         "serving",
-        bodies.make_benchmark,
+        make_benchmark,
         candidate=candidate,
         baseline=baseline,
         runtime=runtime,
@@ -229,7 +239,7 @@ def report_on(
     return Stage.of(
         "report",
         "serving",
-        bodies.make_report,
+        make_report,
         base=run.base,
         candidate=candidate,
         attention=attention.artifact if attention else None,

@@ -18,8 +18,10 @@ from numprune.flows.names import ROOFLINE
 from numprune.flows.recipe import Recipe
 from numprune.flows.run import Run
 from numprune.flows.stages import Stage, StageResult
-from numprune.flows.steps.checks import prepare, pruning_options, schemes_asked
+from numprune.flows.steps.checks.pruning import pruning_options
+from numprune.flows.steps.checks.quantization import schemes_asked
 from numprune.flows.steps.learn import request_of
+from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.text import draw_rows, named, read_images, text_rows
 from numprune.images import draw_pictures
 from numprune.inputs import FROM_PRUNED_PREFIX

@@ -13,7 +13,7 @@ with uncollected():
     for _name in (
         "numprune.flows.steps.prune",
         "numprune.flows.steps.evaluate",
-        "numprune.flows.steps.checks",
+        "numprune.flows.steps.prepare",
         "numprune.flows.chain",
         "numprune.flows.cli",  # the main module of most
     ):

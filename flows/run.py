@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 def prepare(recipe: Recipe, workspace: Path) -> "Run":
     """Check a recipe and return its run. Raises InputError with every problem."""
-    from numprune.flows.steps import checks  # the tensor libraries
+    from numprune.flows.steps import prepare as preparing  # the tensor libraries
 
-    return checks.prepare(recipe, workspace)
+    return preparing.prepare(recipe, workspace)
 
 
 @dataclass(frozen=True)

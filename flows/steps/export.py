@@ -9,6 +9,7 @@ from numprune.export.format_parity import check_format
 from numprune.export.runtimes import device_of
 from numprune.export.tasks import load_task
 from numprune.flows.names import RUNTIME_OF_EXPORT
+from numprune.flows.recipe import Recipe
 
 
 def export(source: Path, out: Path, export_format: str, **options: Any) -> manifest.Manifest:
@@ -54,6 +55,15 @@ def export_and_prove(
 def precision_of(source: Path, runtime: str, asked: str, device: str = "auto") -> str:
     """The compute precision of the checkpoint `source` in `runtime`. Raises InputError, MissingRuntime."""
     return precision.choose(asked, precision.stored(source), runtime, device_of(runtime, device))
+
+
+def precisions(recipe: Recipe, base: Path) -> dict[str, str]:
+    """Runtime -> its compute precision. Raises InputError if a runtime does not support the requested one."""
+    exported = {name if name == "vllm" else RUNTIME_OF_EXPORT[name] for name in recipe.export.targets}
+    return {
+        runtime: precision_of(base, runtime, recipe.export.dtype, recipe.benchmark.device)
+        for runtime in sorted({*exported, *recipe.benchmark.runtimes})
+    }
 
 
 def cast_to(export_format: str, chosen: str, asked: str) -> str | None:

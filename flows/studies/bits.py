@@ -39,7 +39,7 @@ from numprune.export import checkpoint
 from numprune.flows.cli.parser import at_least
 from numprune.flows.names import EMBEDDED
 from numprune.flows.steps import text as texts
-from numprune.flows.steps.checks import model_folder, model_name
+from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.steps.prune import byte_budget
 from numprune.flows.studies.arguments import each_once
 from numprune.layers import ModelLayers

@@ -26,9 +26,9 @@ from numprune.export.precision import FLOAT32
 from numprune.flows import children
 from numprune.flows.cli.parser import at_least
 from numprune.flows.names import EMBEDDED, Runtime
-from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import export
+from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.quantize import check_request, quantize_checkpoint
 from numprune.flows.steps.text import calibration_rows, text_rows

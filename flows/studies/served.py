@@ -20,7 +20,7 @@ from numprune.errors import InputError
 from numprune.export import checkpoint, vllm
 from numprune.flows import children
 from numprune.flows.names import EMBEDDED
-from numprune.flows.steps.checks import model_folder
+from numprune.flows.steps.models import model_folder
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.text import calibration_rows
 from numprune.flows.studies.arguments import add_model, out_folder, parser_of, run, write_results

@@ -32,7 +32,7 @@ from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.flows.cli.parser import at_least
 from numprune.flows.names import EMBEDDED
-from numprune.flows.steps.checks import model_folder, model_name
+from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.text import calibration_rows, text_rows
 from numprune.flows.studies.arguments import (

@@ -10,7 +10,7 @@ from numprune.families import FAMILIES
 from numprune.families.family import Vllm
 from numprune.flows.cli import main
 from numprune.flows.recipe import load
-from numprune.flows.steps.checks import check
+from numprune.flows.steps.checks.recipe import check
 from numprune.serving.vllm.environment import TESTED
 from tests.conftest import build_tiny, write_checkpoint
 from tests.serving.test_vllm_environment import make as make_environment

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, get_type_hints
 
 import pytest
@@ -14,12 +16,15 @@ import pytest
 from numprune.flows import stages
 from numprune.flows.stages import Stage
 from numprune.flows.steps import bodies
+from numprune.flows.steps.bodies.exports import make_onnx
 
 FLOWS = Path(stages.__file__).parent
+MODULES = [import_module(f"{bodies.__name__}.{module.name}") for module in iter_modules(bodies.__path__)]
 BODIES = {
     name: function
-    for name, function in inspect.getmembers(bodies, inspect.isfunction)
-    if function.__module__ == bodies.__name__ and not name.startswith("_")
+    for module in MODULES
+    for name, function in inspect.getmembers(module, inspect.isfunction)
+    if function.__module__ == module.__name__ and not name.startswith("_")
 }
 
 
@@ -34,7 +39,7 @@ def test_a_checker_sees_every_argument_of_a_body(name: str) -> None:
 
 
 def test_arguments_are_bound_before_any_work() -> None:
-    body: Callable[..., Any] = bodies.make_onnx
+    body: Callable[..., Any] = make_onnx
     with pytest.raises(TypeError, match="missing a required argument: 'opset'"):
         Stage.of("export-onnx", "export", body, source=stages.Artifact(Path(), ""))
 

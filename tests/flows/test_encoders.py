@@ -9,7 +9,7 @@ import pytest
 from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.flows import recipe
-from numprune.flows.steps import checks
+from numprune.flows.steps.checks.recipe import check
 from numprune.serving import gates, reference_answers
 from numprune.serving import report as reports
 from tests.conftest import build_tiny, write_checkpoint
@@ -103,7 +103,7 @@ def test_options_that_do_not_apply_to_encoders_are_refused_before_any_work(encod
         ],
     )
     with pytest.raises(InputError) as caught:
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
     for problem in (
         "benchmark.runtimes: vllm times generation, which embedding models do not have; they are timed in torch",
         "export.targets: engines are built only for decoders; omit tensorrt",
@@ -129,7 +129,7 @@ def test_an_encoder_unsupported_by_vllm_is_refused_as_a_vllm_target(
     base = write_checkpoint(build_tiny(family, task=task), tmp_path / "base")
     asked = recipe.load(encoder / "recipe.toml", [f"model.path={base}"])
     with pytest.raises(InputError, match=r"export\.targets: vLLM does not serve") as caught:
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
     assert said in str(caught.value)
 
 

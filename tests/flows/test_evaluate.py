@@ -12,9 +12,13 @@ from numprune.corpus import TokenRows
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export.checkpoint import load
-from numprune.flows import chain, recipe
-from numprune.flows.steps import baseline, checks, evaluate
+from numprune.flows import recipe
+from numprune.flows.candidate import read_heldout
+from numprune.flows.evaluation import score_baseline
+from numprune.flows.steps import baseline, evaluate
+from numprune.flows.steps.checks.recipe import check
 from numprune.flows.steps.evaluate import compare_checkpoints
+from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.flows.steps.text import heldout_rows
 from numprune.generation import PROMPTS
@@ -147,8 +151,8 @@ def test_a_candidate_with_another_vocabulary_is_refused_before_any_scoring(
 def test_the_baseline_is_scored_again_for_other_prompts_but_not_for_another_ratio(tiny: Path, tmp_path: Path) -> None:
     found = []
     for changes in ([], ["prune.ratio=0.4"], ["evaluate.prompts=['Say something.']"]):
-        run = checks.prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
-        found.append(run.make(chain.score_baseline(run, "", run.make(chain.read_heldout(run, "")))))
+        run = prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+        found.append(run.make(score_baseline(run, "", run.make(read_heldout(run, "")))))
     assert [stage.reused for stage in found] == [False, True, False]
     assert found[0].digest == found[1].digest
     assert [len(stage.facts.generations) for stage in found] == [len(PROMPTS), len(PROMPTS), 1]
@@ -161,7 +165,7 @@ def test_unusable_prompts_are_refused_before_any_work(tiny: Path, tmp_path: Path
         (["evaluate.prompts=[]", gate], r"gates.0.metric = 'quality.generation.degraded': evaluate.prompts = \[\] "),
     ]:
         with pytest.raises(InputError, match=said):
-            checks.check(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+            check(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
 
 
 @pytest.fixture(scope="module")

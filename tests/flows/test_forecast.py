@@ -11,9 +11,10 @@ import torch
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import checkpoint
-from numprune.flows import chain, forecast, recipe, stages
-from numprune.flows.steps import checks
-from numprune.flows.steps.checks import schemes_asked
+from numprune.flows import forecast, recipe, stages
+from numprune.flows.candidate import sample_calibration
+from numprune.flows.steps.checks.quantization import schemes_asked
+from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.prune import options_of, prune_checkpoint
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.options import PruneOptions, known_results
@@ -57,8 +58,8 @@ def test_streaming_needs_memory_for_a_layer_and_the_next_one(tiny: Path, tmp_pat
 
 
 def test_finished_stages_would_be_reused_unless_the_recipe_changes(tiny: Path, tmp_path: Path) -> None:
-    run = checks.prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
-    run.make(chain.sample_calibration(run))
+    run = prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
+    run.make(sample_calibration(run))
     for changes, reused in (
         ([], ["calibration"]),
         (["prune.ratio=0.1"], ["calibration"]),
@@ -70,8 +71,8 @@ def test_finished_stages_would_be_reused_unless_the_recipe_changes(tiny: Path, t
 
 @pytest.mark.parametrize("name", ["manifest.json", stages.RESULT])
 def test_a_damaged_stage_would_be_made_again(tiny: Path, tmp_path: Path, name: str) -> None:
-    run = checks.prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
-    stage = chain.sample_calibration(run)
+    run = prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
+    stage = sample_calibration(run)
     made = run.make(stage)
     assert stages.find(run.workspace, stage) is not None
     for damage in ((made.path / name).unlink, lambda: (made.path / name).write_text("{")):
@@ -234,7 +235,7 @@ def test_only_trained_weights_have_gradients_and_moments(tiny: Path, tmp_path: P
 
 def test_missing_stages_are_the_same_if_their_inputs_would_be(tiny: Path, tmp_path: Path) -> None:
     def planned(*changes: str) -> dict[str, str]:
-        run = checks.prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+        run = prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
         return {stage.name: stage.inputs for stage in forecast.planned(run)}
 
     one, alike, other = planned(), planned("quantize.group_size=32"), planned("prune.ratio=0.5")

@@ -11,7 +11,7 @@ from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.flows import forecast, recipe
-from numprune.flows.steps.checks import check
+from numprune.flows.steps.checks.recipe import check
 from numprune.hidden import narrowed
 from numprune.plans import PLAN_FILE, read_plan
 from tests.flows.conftest import Answered

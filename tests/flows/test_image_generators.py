@@ -23,8 +23,10 @@ from numprune.export.decoders import PALETTE, load_decoder
 from numprune.flows import forecast, recipe
 from numprune.flows.embedded import images as digits
 from numprune.flows.stages import Artifact, Text
-from numprune.flows.steps import checks, fid
+from numprune.flows.steps import fid
+from numprune.flows.steps.checks.recipe import check
 from numprune.flows.steps.images import contact_sheet
+from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.results import ImageFeatures
 from numprune.flows.steps.text import load_heldout
 from numprune.flows.studies.compare import steps as compare
@@ -182,7 +184,7 @@ def test_options_for_language_models_are_refused_before_any_work(generator: Path
         ],
     )
     with pytest.raises(InputError) as caught:
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
     for problem in (
         'data.heldout = "embedded": the model generates images; give files of codes',
         "evaluate.prompts: the model generates images; omit it",
@@ -198,7 +200,7 @@ def test_colours_of_other_codes_are_refused_before_any_work(generator: Path, tmp
     (tmp_path / "base" / PALETTE).write_text(json.dumps({"clusters": [[0, 0, 0]]}))
     asked = recipe.load(generator / "recipe.toml", [f"model.path={tmp_path / 'base'}", "evaluate.decoder=none"])
     with pytest.raises(InputError, match=f"model.path: .*{PALETTE}: clusters must be {CODES} colours"):
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
 
 
 def test_guidance_needs_an_image_generator_with_classes(generator: Path, tiny: Path, tmp_path: Path) -> None:
@@ -207,14 +209,14 @@ def test_guidance_needs_an_image_generator_with_classes(generator: Path, tiny: P
         ["evaluate.guidance=2", "evaluate.samples=8", "evaluate.decoder=vq.pt", "evaluate.fid_samples=9"],
     )
     with pytest.raises(InputError, match=r"evaluate.guidance = 2.0: the model is not an image generator") as found:
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
     assert "evaluate.samples = 8: the model is not an image generator; omit it" in str(found.value)
     assert "evaluate.fid_samples = 9: the model is not an image generator; omit it" in str(found.value)
     assert 'vq.pt": the model is not an image generator; omit it' in str(found.value)
     build_tiny("imagegpt", max_position_embeddings=65).save_pretrained(tmp_path / "imagegpt")
     asked = recipe.load(generator / "recipe.toml", [f"model.path={tmp_path / 'imagegpt'}"])
     with pytest.raises(InputError, match=r"evaluate.guidance = 1.5: the model has no classes; omit it"):
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
 
 
 def test_samples_are_compared_with_real_images(generator: Path, tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_samples_are_compared_with_real_images(generator: Path, tmp_path: Path) 
 
 
 def test_a_plan_shows_how_samples_are_compared(generator: Path, tmp_path: Path) -> None:
-    run = checks.prepare(recipe.load(generator / "recipe.toml"), tmp_path / "w")
+    run = prepare(recipe.load(generator / "recipe.toml"), tmp_path / "w")
     names = [stage.name for stage in forecast.planned(run)]
     assert names.index("real-features") < names.index("prune")
     drawn = names.index("sampled features baseline")
@@ -276,7 +278,7 @@ def test_a_comparison_that_cannot_be_made_is_refused_before_any_work(
     write_pictures(tmp_path / "large", 1, 33)
     shutil.copytree(generator / "base", tmp_path / "plain", ignore=shutil.ignore_patterns(PALETTE))
     with pytest.raises(InputError) as caught:
-        checks.check(recipe.load(generator / "recipe.toml", changes), tmp_path / "w")
+        check(recipe.load(generator / "recipe.toml", changes), tmp_path / "w")
     for message in messages:
         assert message in str(caught.value)
 
@@ -287,7 +289,7 @@ def test_a_decoder_of_another_codebook_is_refused_before_any_work(generator: Pat
     with pytest.raises(
         InputError, match=r"evaluate.decoder: .*vq\.safetensors: its codebook has 31 codes, and the model"
     ):
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
 
 
 def test_a_published_file_is_converted_and_pruned(numprune: Command, tmp_path: Path) -> None:

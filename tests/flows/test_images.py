@@ -15,7 +15,7 @@ from numprune.export import manifest
 from numprune.flows import recipe
 from numprune.flows.forecast import forecast
 from numprune.flows.forecast import text as forecast_text
-from numprune.flows.steps import checks
+from numprune.flows.steps.checks.recipe import check
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.prune import prune_checkpoint
 from numprune.flows.steps.text import heldout_rows
@@ -182,7 +182,7 @@ def test_what_a_recipe_cannot_do_with_images_is_refused_before_any_work(vit: Pat
         ],
     )
     with pytest.raises(InputError) as caught:
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
     for problem in (
         "export.targets: vLLM does not serve image classifiers; leave vllm out",
         "data.sequence_length = 64: the model reads images, which all have one size; omit it",
@@ -201,17 +201,17 @@ def test_gates_on_labels_that_no_image_has_are_refused_before_any_work(vit: Path
     train = write_images(tmp_path / "animals", 24, ["cat", "dog"])  # calibration needs no classes of the model
     asked = recipe.load(vit / "recipe.toml", [f'data.heldout=["{tmp_path / "flat"}"]', f'data.calibration=["{train}"]'])
     with pytest.raises(InputError) as caught:
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
     assert "1 problem" in str(caught.value)
     assert "gates.0.metric = 'quality.accuracy_delta': data.heldout has no labels" in str(caught.value)
     corpora = f'data.heldout={{ one = ["{vit / "heldout"}"], other = ["{tmp_path / "flat"}"] }}'
-    checks.check(recipe.load(vit / "recipe.toml", [corpora]), tmp_path / "w")  # gates are on the first
+    check(recipe.load(vit / "recipe.toml", [corpora]), tmp_path / "w")  # gates are on the first
     asked = recipe.load(
         vit / "recipe.toml",
         [corpora, 'gates=[{metric="quality.corpora.other.metrics.accuracy.candidate", bound="point", min=0.5}]'],
     )
     with pytest.raises(InputError, match=r"data\.heldout\.other has no labels"):
-        checks.check(asked, tmp_path / "w")
+        check(asked, tmp_path / "w")
 
 
 @pytest.mark.parametrize(

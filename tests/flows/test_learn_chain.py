@@ -8,12 +8,12 @@ import torch
 
 from numprune.errors import InputError
 from numprune.export import manifest
-from numprune.flows.chain import learn, read_heldout, sample_learning
+from numprune.flows.candidate import learn, read_heldout, sample_learning
 from numprune.flows.names import LEARNED_LIMITS, LEARNING_TOKENS
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.stages import find, place_of, read_facts
-from numprune.flows.steps.checks import check
+from numprune.flows.steps.checks.recipe import check
 from numprune.flows.steps.learn import learn_checkpoint, options_of, request_of
 from numprune.flows.steps.results import LearnedMasks, LearningText
 from numprune.flows.steps.training import load_rows

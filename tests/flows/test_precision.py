@@ -10,8 +10,10 @@ from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.export.checkpoint import weight_bytes
-from numprune.flows import chain, recipe
-from numprune.flows.steps import benchmark, checks, export
+from numprune.flows import chain, evaluation, recipe
+from numprune.flows.steps import benchmark, export
+from numprune.flows.steps.checks.recipe import check
+from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.quantization import Scheme
 from numprune.serving import report
@@ -20,7 +22,7 @@ from numprune.serving import report
 def test_a_release_in_float16(tiny: Path, tmp_path: Path) -> None:
     changes = ["export.dtype=float16", "prune.criterion=magnitude", "prune.compensation=none", "evaluate.prompts=[]"]
     changes += ["benchmark.runtimes=['torch', 'onnxruntime']", "export.targets=['vllm', 'onnx']"]
-    run = checks.prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+    run = prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
     assert set(run.precision.values()) == {"float16"}
     judged = chain.judge(run, run.make)
     found = report.read(judged.report.path / "report.json")
@@ -45,7 +47,7 @@ def test_an_unsupported_benchmark_is_refused_once(tiny: Path, tmp_path: Path) ->
     changes = ["export.dtype=bfloat16", "export.targets=['onnxruntime']", "benchmark.device=cpu"]
     changes += ["benchmark.runtimes=['onnxruntime']", "benchmark.torch_mode=eager"]
     with pytest.raises(InputError) as caught:
-        checks.check(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+        check(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
     said = str(caught.value)
     assert said.count("no bfloat16 kernels for a CPU") == 1
     assert "benchmark.torch_mode = 'eager': torch is not among benchmark.runtimes; omit it" in said
@@ -95,6 +97,6 @@ def test_float32_on_cuda_is_refused_before_anything_is_written(
 
 
 def test_parity_runs_on_the_benchmark_device(tiny: Path, tmp_path: Path) -> None:
-    run = checks.prepare(recipe.load(tiny / "recipe.toml", ["benchmark.device=cpu"]), tmp_path / "w")
-    assert chain.prove(run, "onnx", run.base, run.base, "candidate").arguments["device"] == "cpu"
-    assert chain.prove(run, "tensorrt", run.base, run.base, "candidate").arguments["device"] == "auto"
+    run = prepare(recipe.load(tiny / "recipe.toml", ["benchmark.device=cpu"]), tmp_path / "w")
+    assert evaluation.prove(run, "onnx", run.base, run.base, "candidate").arguments["device"] == "cpu"
+    assert evaluation.prove(run, "tensorrt", run.base, run.base, "candidate").arguments["device"] == "auto"

@@ -13,7 +13,7 @@ from numprune.errors import InputError, IntegrityError, ParityError
 from numprune.export import checkpoint, manifest
 from numprune.export.format_parity import check_format
 from numprune.flows.recipe import load
-from numprune.flows.steps.checks import check
+from numprune.flows.steps.checks.recipe import check
 from numprune.serving import reference_answers
 from numprune.serving import report as reports
 from numprune.serving.reference_answers import CompletionAnswers

@@ -10,11 +10,11 @@ import torch
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
-from numprune.flows.chain import generate, read_heldout, recover, sample_recovery
+from numprune.flows.candidate import generate, read_heldout, recover, sample_recovery
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.stages import Artifact, find, place_of, read_facts
-from numprune.flows.steps.checks import check
+from numprune.flows.steps.checks.recipe import check
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.recover import options_of, recover_checkpoint
 from numprune.flows.steps.results import GeneratedText, PrunedCheckpoint, RecoveredCheckpoint

@@ -22,9 +22,10 @@ from numprune.flows.steps.answers import (
     find_endpoint,
     read_rows,
 )
-from numprune.flows.steps.checks import check, prepare
+from numprune.flows.steps.checks.recipe import check
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.harness import Tasks, load_tasks
+from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.text import heldout_rows
 from numprune.flows.steps.training import kept_until_done
 from numprune.serving import gates

@@ -14,7 +14,8 @@ from numprune.export.checkpoint import load_tokenizer
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.sections import Prune
 from numprune.flows.stages import Artifact, Text
-from numprune.flows.steps.bodies import make_calibration, make_heldout, make_pruned
+from numprune.flows.steps.bodies.candidate import make_pruned
+from numprune.flows.steps.bodies.rows import make_calibration, make_heldout
 from numprune.flows.steps.results import HeldoutRows
 from numprune.flows.steps.text import (
     calibration_rows,

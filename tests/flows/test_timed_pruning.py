@@ -13,12 +13,13 @@ from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.files import CARD
 from numprune.flows.bundle import CHECKPOINT
-from numprune.flows.chain import learn
+from numprune.flows.candidate import learn
 from numprune.flows.names import LEARNED
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.stages import RESULT, Artifact, StageResult, Text, place_of, read_facts
-from numprune.flows.steps import bodies
+from numprune.flows.steps.bodies.candidate import make_pruned_within_time, make_timings
+from numprune.flows.steps.bodies.rows import make_calibration
 from numprune.flows.steps.report import pruning_section
 from numprune.flows.steps.results import TimedCheckpoint
 from numprune.plans import PLAN_FILE, read_plan
@@ -120,16 +121,14 @@ def test_a_recipe_measures_blocks_and_prunes_within_the_budget(
         place.mkdir(parents=True)
     reading = recipe.data.reading()
     text = Text([str(inputs / "train.txt")], "")
-    bodies.make_calibration(
-        places["rows"], model=base, text=text, samples=8, sequence_length=64, seed=0, reading=reading
-    )
+    make_calibration(places["rows"], model=base, text=text, samples=8, sequence_length=64, seed=0, reading=reading)
     named: dict[str, Any] = {"asked": recipe.timings, "target": recipe.sizes(), "machine": {}}
-    table = bodies.make_timings(places["times"], model=Text(str(base.path), ""), scenario=DECODE, **named)
+    table = make_timings(places["times"], model=Text(str(base.path), ""), scenario=DECODE, **named)
     (places["times"] / RESULT).write_text(table.model_dump_json())
     rows, times = (Artifact(places[name], "") for name in ("rows", "times"))
     named |= {"asked": recipe.prune, "device": "cpu"}
     named |= {"base": base, "origin": base, "rows": rows, "times": times}
-    made = bodies.make_pruned_within_time(places["pruned"], learned=None, **named)
+    made = make_pruned_within_time(places["pruned"], learned=None, **named)
     assert read_facts(places["times"], TimingTable) == table
     assert made.digest == manifest.read(places["pruned"] / "checkpoint").digest
     assert made.latency.measured.ms == pytest.approx(made.latency.predicted.ms)
@@ -157,7 +156,7 @@ def test_masks_are_learned_within_the_budget_and_what_they_chose_is_measured(
     recipe = load(inputs / "recipe.toml", [f"prune.budget={budget}", "learn.method=vib", "prune.compensation=none"])
     rows = tmp_path / "rows"
     rows.mkdir()
-    bodies.make_calibration(
+    make_calibration(
         rows,
         model=Artifact(base, ""),
         text=Text([str(inputs / "train.txt")], ""),
@@ -168,7 +167,7 @@ def test_masks_are_learned_within_the_budget_and_what_they_chose_is_measured(
     )
 
     def pruned(name: str) -> TimedCheckpoint:
-        return bodies.make_pruned_within_time(
+        return make_pruned_within_time(
             tmp_path / name,
             base=Artifact(base, ""),
             origin=Artifact(base, ""),

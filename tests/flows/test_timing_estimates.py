@@ -15,7 +15,7 @@ from numprune.flows.names import ROOFLINE
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.stages import Text
-from numprune.flows.steps import bodies
+from numprune.flows.steps.bodies.candidate import make_timings
 from numprune.flows.steps.estimates import estimate_key
 from numprune.time_budget import TimeBudget
 from numprune.timings import read_timings
@@ -77,7 +77,7 @@ def test_the_stage_of_a_recipe_estimates(numprune: Command, inputs: Path, tmp_pa
     asked = [f"prune.budget=1us@{DECODE}", "timings.runtime=roofline", "timings.device=l4", "timings.sizes=4"]
     recipe = load(inputs / "recipe.toml", asked)
     named: dict[str, Any] = {"asked": recipe.timings, "target": recipe.sizes(), "machine": {}}
-    table = bodies.make_timings(tmp_path, model=Text(str(inputs / "base"), ""), scenario=DECODE, **named)
+    table = make_timings(tmp_path, model=Text(str(inputs / "base"), ""), scenario=DECODE, **named)
     assert table.key == estimate_key(inputs / "base", "L4")
     assert prepare(recipe, tmp_path).timings_key == table.key.model_dump_json()
     answered = numprune("plan", inputs / "recipe.toml", *(part for one in asked for part in ("--set", one)))

@@ -11,7 +11,7 @@ import torch
 from numprune.anatomy import read_anatomy
 from numprune.errors import DiskError, EnvironmentInvalid
 from numprune.export import checkpoint, disk, locks
-from numprune.flows.chain import time_blocks
+from numprune.flows.candidate import time_blocks
 from numprune.flows.names import TIMINGS, TRAINING_LOCK
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare

@@ -16,7 +16,7 @@ from numprune.export.disk import require_writable
 from numprune.flows import children
 from numprune.flows.cli.parser import Parser, add_choice, add_reading, at_least, reading
 from numprune.flows.names import EMBEDDED, Device
-from numprune.flows.steps.checks import model_folder, model_name
+from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.text import row_length
 from numprune.flows.studies.compare.methods import METHODS, check, chosen, defaults

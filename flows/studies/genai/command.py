@@ -21,7 +21,7 @@ from numprune.export import checkpoint, processors
 from numprune.export.genai import check_config
 from numprune.flows import children
 from numprune.flows.names import EMBEDDED
-from numprune.flows.steps.checks import model_folder, model_name
+from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.quantize import check_request, quantize_checkpoint
 from numprune.flows.steps.text import calibration_rows, text_rows

@@ -15,7 +15,7 @@ from numprune.flows import names, stages
 from numprune.flows.cli.parser import at_least
 from numprune.flows.sections import Learn, Recover
 from numprune.flows.steps import learn, recover
-from numprune.flows.steps.checks import model_folder, model_name
+from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.studies.arguments import (
     add_heldout,
     add_model,

@@ -12,7 +12,8 @@ from numprune.documents import Reading
 from numprune.export import checkpoint
 from numprune.flows.sections import Learn, Prune, Recover
 from numprune.flows.stages import Artifact, Text
-from numprune.flows.steps import bodies, learn, recover
+from numprune.flows.steps import learn, recover
+from numprune.flows.steps.bodies import candidate as candidate_bodies
 from numprune.flows.steps.results import CalibrationRows, HeldoutRows, LearningText, PrunedCheckpoint, RecoveryText
 from numprune.flows.steps.text import calibration_rows, load_heldout, save_calibration, save_heldout, text_rows
 from numprune.flows.steps.training import load_rows, save_rows
@@ -102,7 +103,7 @@ def make_pruned(
 ) -> Pruned:
     """Prune as in a run, by a learned plan if there is one, and take the time."""
     started = time.perf_counter()
-    found = bodies.make_pruned(
+    found = candidate_bodies.make_pruned(
         out,
         base=base,
         origin=origin,

@@ -12,7 +12,8 @@ from numprune.flows import names
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.sections import Learn, Prune, Recover
 from numprune.flows.stages import Artifact, Stage, StageResult, Text, run_stage
-from numprune.flows.steps import bodies
+from numprune.flows.steps.bodies.candidate import make_learned, make_recovered
+from numprune.flows.steps.bodies.evaluation import make_baseline, make_quality
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.flows.steps.text import text_digest
@@ -135,7 +136,7 @@ class Study:
             Stage.of(
                 "baseline",
                 "export",
-                bodies.make_baseline,
+                make_baseline,
                 model=self._base,
                 rows=self._heldout,
                 rows_digest=self._heldout.digest,
@@ -178,7 +179,7 @@ class Study:
             Stage.of(
                 "learn",
                 "export",
-                bodies.make_learned,
+                make_learned,
                 base=self._base,
                 rows=rows.artifact,
                 times=None,
@@ -223,7 +224,7 @@ class Study:
                 Stage.of(
                     "recover",
                     "export",
-                    bodies.make_recovered,
+                    make_recovered,
                     source=source.checkpoint,
                     dense=self._base,
                     rows=self._distilled_on,
@@ -257,7 +258,7 @@ class Study:
             Stage.of(
                 "quality",
                 "export",
-                bodies.make_quality,
+                make_quality,
                 candidate=made.checkpoint,
                 unquantized=None,
                 pruned=None,

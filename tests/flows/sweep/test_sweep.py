@@ -19,7 +19,7 @@ from numprune.flows import runs
 from numprune.flows.recipe import load
 from numprune.flows.run import Run
 from numprune.flows.stages import Stage, StageResult
-from numprune.flows.steps.checks import prepare
+from numprune.flows.steps.prepare import prepare
 from numprune.flows.sweep import choice
 from numprune.flows.sweep import run as sweeping
 from numprune.serving import report as reports

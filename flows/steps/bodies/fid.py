@@ -1,4 +1,4 @@
-"""The bodies of the stages that compare samples of an image generator with real images; see bodies.py."""
+"""The bodies of the stages that compare samples of an image generator with real images."""
 
 from pathlib import Path
 

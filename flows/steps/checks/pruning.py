@@ -1,0 +1,72 @@
+"""Whether a model can be pruned as a recipe asks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from numprune.axes import HIDDEN_SIZE
+from numprune.blocks import Anatomy
+from numprune.errors import InputError
+from numprune.flows.names import ROOFLINE
+from numprune.flows.recipe import Recipe
+from numprune.flows.steps.benchmark import exported_as
+from numprune.flows.steps.estimates import estimate
+from numprune.flows.steps.export import precision_of
+from numprune.flows.steps.learn import request_of
+from numprune.flows.steps.prune import options_of
+from numprune.flows.steps.timings import check_request, timing_request
+from numprune.learning import check_learning
+from numprune.options import PruneOptions, check_options
+from numprune.scenario import parse_time
+from numprune.search.refine import check_searchable
+from numprune.shaping import check_comparable
+
+
+def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
+    """The options that the model in `base` is pruned with. Raises InputError where its budget is not one of it."""
+    options = options_of(recipe.prune, recipe.sizes(), base, recipe.quantize.scheme)
+    masks = recipe.learn.method
+    return options if masks == "none" else replace(options, criterion=masks)
+
+
+def check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
+    """Raises InputError if the request cannot be met, or masks cannot learn it."""
+    if recipe.prune.allowed.time is not None:
+        scenario = parse_time(recipe.prune.allowed.time)[1]
+        if recipe.timings.runtime == ROOFLINE:
+            estimate(base, [scenario], recipe.sizes(), recipe.timings.sizes, recipe.timings.peaks())
+        else:
+            check_request(base, timing_request(recipe.timings, str(scenario), recipe.sizes()))
+            _check_timed_is_exported(recipe, base)
+    options = pruning_options(recipe, base)
+    if recipe.learn.method == "none":
+        check_options(anatomy, options)
+        if recipe.prune.refine != "none":
+            check_searchable(recipe.data.samples, resident=not recipe.prune.stream)
+        if options.shapes:
+            check_comparable(recipe.data.samples, resident=not recipe.prune.stream)
+    else:
+        # What a budget of time allows is known once blocks are measured.
+        timed = recipe.prune.allowed.time is not None
+        constraint = "parameters" if timed else request_of(recipe.learn, options).constraint
+        check_learning(anatomy, options, constraint, recipe.data.sequence_length)
+    narrower = f"axes: with {HIDDEN_SIZE}" if HIDDEN_SIZE in recipe.prune.axes else "hidden_size: with a smaller one"
+    if (HIDDEN_SIZE in recipe.prune.axes or recipe.prune.hidden_size) and recipe.recover.method == "distill":
+        if recipe.recover.train == "blocks":
+            raise InputError(
+                f"{narrower}, blocks cannot be priced in the dense model; set recover.train to all or lora"
+            )
+        if recipe.recover.hidden_weight:
+            raise InputError(
+                f"{narrower}, hidden states cannot be compared with the dense model's; set recover.hidden_weight to 0"
+            )
+
+
+def _check_timed_is_exported(recipe: Recipe, base: Path) -> None:
+    """Raises InputError if the latencies would be those of an export that the release does not have."""
+    runtime = recipe.timings.runtime
+    timed = exported_as(runtime, [base], precision_of(base, runtime, recipe.export.dtype))
+    if timed and timed not in recipe.export.targets:
+        raise InputError(
+            f"timings.runtime = {runtime!r}: this model is timed as the export {timed!r}, and export.targets are "
+            f"{', '.join(recipe.export.targets) or 'empty'}; add {timed!r} to them, or choose torch"
+        )
