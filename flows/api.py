@@ -46,7 +46,8 @@ from numprune.flows.steps import quantize as quantizing
 from numprune.flows.steps import recover as recovering
 from numprune.flows.steps import text as texts
 from numprune.layers import ModelLayers
-from numprune.options import PruneOptions, check_options, options_of
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, options_of
 from numprune.plans import Plan, read_plan
 from numprune.quantization import BlockSchemes, Scheme, check_quantizable, schemes_by_tensor
 from numprune.quantization.allocation import planned_schemes

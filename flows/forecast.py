@@ -25,7 +25,8 @@ from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.text import draw_rows, named, read_images, text_rows
 from numprune.images import draw_pictures
 from numprune.inputs import FROM_PRUNED_PREFIX
-from numprune.options import PruneOptions, known_results, left_of
+from numprune.option_checks import known_results
+from numprune.options import PruneOptions, left_of
 from numprune.quantization import bytes_saved
 from numprune.serving.report.words import COUNTED
 from numprune.tasks.image_classification import ImageClassification

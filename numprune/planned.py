@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.hidden import narrowed
-from numprune.options import check_options, options_of
+from numprune.option_checks import check_options
+from numprune.options import options_of
 from numprune.plans import Plan
 from numprune.quantization.allocation import Form, levels_of, model_bytes
 from numprune.slices import Size

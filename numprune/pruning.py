@@ -37,7 +37,8 @@ from numprune.hidden import Basis, Narrowing, removed, silence
 from numprune.inputs import FROM_PRUNED_PREFIX, Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
-from numprune.options import REFITTING, PruneOptions, around_left, check_options, left_of, protected_layers
+from numprune.option_checks import check_options
+from numprune.options import REFITTING, PruneOptions, around_left, left_of, protected_layers
 from numprune.plans import BlockPlan, Calibration, DroppedBlock, DroppedLayer, HiddenPlan, Plan, PricedSplit
 from numprune.processes import ALONE, Processes, check_shareable
 from numprune.progress import progress

@@ -30,7 +30,8 @@ from numprune.errors import InputError
 from numprune.hidden import Narrowing
 from numprune.layers import CopiedLayers
 from numprune.linalg import cholesky, damped
-from numprune.options import PruneOptions, check_options, left_of, protected_layers, sizes_allowed, with_shape
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, left_of, protected_layers, sizes_allowed, with_shape
 from numprune.plans import DroppedLayer
 from numprune.pruning import config_after, prune_layers
 from numprune.quantization.allocation import Rounding, levels_of

@@ -235,7 +235,8 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.prune import device_of, plan_checkpoint, prune_checkpoint
     from numprune.flows.steps.text import calibration_rows, row_length
     from numprune.flows.steps.timed_prune import prune_within_time
-    from numprune.options import LEARNED, check_options
+    from numprune.option_checks import check_options
+    from numprune.options import LEARNED
     from numprune.planned import check_plan
     from numprune.processes import check_shareable, join
 

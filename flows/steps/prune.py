@@ -40,7 +40,8 @@ from numprune.families import FAMILIES
 from numprune.flows.sections import Prune
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.layers import Layers, ModelLayers
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.options import options_of as options_of_plan
 from numprune.planned import check_plan
 from numprune.plans import PLAN_FILE, Draw, DroppedLayer, HiddenPlan, Plan, read_plan

@@ -20,7 +20,8 @@ from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import options_of, prune_checkpoint
 from numprune.flows.steps.results import TimedCheckpoint
 from numprune.flows.steps.timings import key_of, runtime_of, timed_in
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
 from numprune.scenario import parse_scenario, parse_time
 from numprune.serving.benchmark import run_benchmark

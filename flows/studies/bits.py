@@ -43,7 +43,8 @@ from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.steps.prune import byte_budget
 from numprune.flows.studies.arguments import each_once
 from numprune.layers import ModelLayers
-from numprune.options import PruneOptions, check_options, sizes_allowed
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, sizes_allowed
 from numprune.quantization import Scheme, check_quantizable
 from numprune.quantization.allocation import Form, Rounding, levels_of, model_bytes, price_of
 from numprune.quantization.pricing import rounding_prices

@@ -43,7 +43,8 @@ from numprune.learning.masks import Masked, Masks, fold
 from numprune.learning.rounding import ALLOCATIONS, sizes_under, under
 from numprune.learning.stream import Stream, fold_stream
 from numprune.learning.training import Training
-from numprune.options import PruneOptions, check_options, sizes_allowed
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, sizes_allowed
 from numprune.plans import BlockPlan, HiddenPlan, Plan
 from numprune.pruning import describe
 from numprune.recovery.state import TrainingState

@@ -12,7 +12,8 @@ from numprune.anatomy import read_anatomy
 from numprune.axes import AXES, HIDDEN_SIZE
 from numprune.blocks import Anatomy
 from numprune.errors import InputError
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.plans import Plan
 from numprune.schedules.ramp import Ramp
 from numprune.schedules.run import Run

@@ -17,7 +17,8 @@ from numprune.flows.steps.checks.quantization import schemes_asked
 from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.prune import options_of, prune_checkpoint
 from numprune.flows.steps.quantize import quantize_checkpoint
-from numprune.options import PruneOptions, known_results
+from numprune.option_checks import known_results
+from numprune.options import PruneOptions
 from numprune.pruning import prune
 from numprune.target import Target
 from tests.conftest import build_tiny, recast

@@ -6,7 +6,8 @@ from numprune.allocation import by_error, check_ratio, global_sort, uniform
 from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import budget_of
 from numprune.errors import InputError
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
 from tests.numprune.test_allocation import anatomy, random_errors, removed

@@ -15,7 +15,8 @@ from numprune.byte_budget import ByteBudget
 from numprune.cache_budget import KvBudget, parse_kv
 from numprune.errors import InputError
 from numprune.learning import check_learning
-from numprune.options import PruneOptions, check_options, options_of
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, options_of
 from numprune.planned import check_plan
 from numprune.plans import read_plan
 from numprune.pruning import prune

@@ -7,7 +7,8 @@ from numprune.anatomy import read_anatomy
 from numprune.criteria.dimap import importances
 from numprune.errors import InputError
 from numprune.images import Processor
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.pruning import prune
 from numprune.target import Target
 from numprune.tasks.image_classification import ImageClassification

@@ -24,7 +24,8 @@ from numprune.flows.steps.report import pruning_section
 from numprune.hidden import check_narrowable, hidden_sizes, removed
 from numprune.layers import CopiedLayers
 from numprune.modeling import AUTO_OF
-from numprune.options import PruneOptions, check_options, options_of
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, options_of
 from numprune.planned import check_plan
 from numprune.plans import PLAN_FILE, BlockPlan, HiddenPlan
 from numprune.pruning import config_after, describe, narrowing_of, plan_layers, prune, prune_layers

@@ -16,7 +16,8 @@ from numprune.export import checkpoint, onnx, parity_encoder
 from numprune.export.streaming import CheckpointLayers
 from numprune.layers import CopiedLayers, ModelLayers
 from numprune.modeling import AUTO_OF
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.planned import check_plan
 from numprune.processes import ALONE
 from numprune.pruning import prune, prune_layers

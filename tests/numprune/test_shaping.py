@@ -13,7 +13,8 @@ from numprune.errors import InputError
 from numprune.hidden import Narrowing
 from numprune.layers import CopiedLayers
 from numprune.learning import check_learning
-from numprune.options import PruneOptions, check_options, left_of, with_shape
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, left_of, with_shape
 from numprune.pruning import plan_layers, prune
 from numprune.shape import PLAIN, Shape, shape_fields, shapes_of
 from numprune.shaping import _Study, choose_shape, divergence, stream_loss

@@ -15,7 +15,8 @@ from numprune.axes import Limits
 from numprune.budgeted import by_budgets
 from numprune.curves import error_at
 from numprune.errors import InputError
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.planned import check_plan
 from numprune.plans import read_plan
 from numprune.pruning import prune

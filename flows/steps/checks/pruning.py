@@ -15,7 +15,8 @@ from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.timings import check_request, timing_request
 from numprune.learning import check_learning
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.scenario import parse_time
 from numprune.search.refine import check_searchable
 from numprune.shaping import check_comparable

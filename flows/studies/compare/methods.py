@@ -15,7 +15,8 @@ from numprune.criteria import CRITERIA
 from numprune.errors import InputError
 from numprune.flows.studies.rivals import RIVALS
 from numprune.flows.studies.rivals import check as check_rival
-from numprune.options import COMPENSATIONS, PruneOptions, check_options, uses_gradients
+from numprune.option_checks import check_options
+from numprune.options import COMPENSATIONS, PruneOptions, uses_gradients
 from numprune.serving.problems import did_you_mean
 from numprune.target import Target
 

@@ -48,7 +48,8 @@ from numprune.flows.studies.arguments import (
 from numprune.flows.studies.search.agent import explore
 from numprune.inputs import PrecomputedInputs
 from numprune.layers import ModelLayers
-from numprune.options import PruneOptions, check_options, sizes_allowed
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, sizes_allowed
 from numprune.pruning import dense_moments, prune
 from numprune.quality import compare
 from numprune.quantization.allocation import Form

@@ -21,7 +21,8 @@ from numprune.calibration import Walker
 from numprune.curves import error_at
 from numprune.errors import InputError
 from numprune.layers import ModelLayers
-from numprune.options import PruneOptions, check_options
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions
 from numprune.planned import check_plan
 from numprune.plans import Plan, read_plan
 from numprune.pruning import plan_layers, prune

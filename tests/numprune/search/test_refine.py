@@ -12,7 +12,8 @@ from numprune.calibration import Walker
 from numprune.choosing import Known
 from numprune.errors import InputError
 from numprune.layers import CopiedLayers, ModelLayers
-from numprune.options import PruneOptions, check_options, options_of
+from numprune.option_checks import check_options
+from numprune.options import PruneOptions, options_of
 from numprune.planned import check_plan
 from numprune.plans import read_plan
 from numprune.pruning import dense_moments, plan_layers, prune, prune_layers, what_to_drop
