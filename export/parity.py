@@ -17,43 +17,22 @@ reference does not round them.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from numprune.anatomy import code_vocabulary
 from numprune.errors import InputError, ParityError
-from numprune.export import checkpoint, compressed_tensors, float64, manifest, noise
+from numprune.export import compressed_tensors, float64, manifest, noise
 from numprune.export.noise import Noise
+from numprune.export.parity_reference import Case, Row, run_reference
 from numprune.export.precision import FLOAT32
-from numprune.export.prompts import TEXTS
 from numprune.export.runtimes import Runtime, open_runtime
 from numprune.export.runtimes.torch_eager import TorchRuntime
 from numprune.export.tolerance import FLOOR, Allowed, AllowedNoise, Limit
 
 LEAST_DECODE_STEPS = 32
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt, run alone by the reference."""
-
-    name: str  # of the prompt
-    prompt: Tensor  # (S,)
-    greedy: Tensor  # (steps,): the continuation
-    logits: Tensor  # (S + steps, V): at each prompt position, then after each token of `greedy`
-
-
-@dataclass(frozen=True)
-class Case:
-    """Rows that the candidate runs as one batch."""
-
-    batch_size: int
-    padded: bool
-    rows: tuple[int, ...]  # indices of the reference's rows
 
 
 @dataclass(frozen=True)
@@ -147,7 +126,7 @@ def check(
     # format_parity.py compares the scheme.
     rounds_inputs = not rounded and runtime != "torch"
     open_reference = partial(TorchRuntime, reference, device=device, rounds_inputs=rounds_inputs)
-    cases, rows, described = _run_reference(
+    cases, rows, described = run_reference(
         open_reference(threads=threads), reference, prompts, batch_sizes, prompt_length, decode_steps
     )
     for row in rows:
@@ -290,82 +269,6 @@ def _refusal(
         f"{found.logprob_max:.3g}{in_noise}; {allowed.reason}; worst at {found.worst}. Export it again; if that fails "
         f"too, {remedy}"
     )
-
-
-# --- the reference -----------------------------------------------------------------------------------
-
-
-def _run_reference(
-    runtime: TorchRuntime,
-    folder: Path,
-    prompts: Tensor | None,
-    batch_sizes: Sequence[int],
-    prompt_length: int,
-    decode_steps: int,
-) -> tuple[list[Case], list[Row], dict[str, Any]]:
-    """Return the batches to run, and each row's result when run alone; `runtime` runs the checkpoint in `folder`."""
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise InputError(f"batch_sizes={list(batch_sizes)}: at least one, each at least 1")
-    names = None
-    if prompts is None:
-        names, prompts = _prompts(folder, runtime.vocabulary, max(batch_sizes), prompt_length)
-    if prompts.dim() != 2 or len(prompts) < max(batch_sizes) or prompts.shape[1] < 2:
-        raise InputError(
-            f"prompts of shape {list(prompts.shape)}: at least {max(batch_sizes)} rows of at least 2 tokens are needed"
-        )
-    if prompts.shape[1] + decode_steps > runtime.context:
-        raise InputError(
-            f"prompts of {prompts.shape[1]} tokens and {decode_steps} steps exceed the model's "
-            f"max_position_embeddings={runtime.context}"
-        )
-    cases: list[Case] = []
-    alone: dict[tuple[int, int], int] = {}  # (prompt, its length) -> row
-    for size in batch_sizes:
-        for padded in (False, True) if size > 1 else (False,):
-            lengths = _lengths(size, prompts.shape[1]) if padded else [prompts.shape[1]] * size
-            rows = tuple(alone.setdefault(key, len(alone)) for key in zip(range(size), lengths, strict=True))
-            cases.append(Case(size, padded, rows))
-    names = names or [f"prompt {index}" for index in range(len(prompts))]
-    rows_alone = [_run_alone(runtime, names[index], prompts[index, :length], decode_steps) for index, length in alone]
-    return cases, rows_alone, runtime.describe()
-
-
-def _lengths(size: int, longest: int) -> list[int]:
-    """Return the lengths of a ragged batch, from the whole prompt down to a single token."""
-    return [longest - (longest - 1) * index // (size - 1) for index in range(size)]
-
-
-def _prompts(folder: Path, vocabulary: int, rows: int, length: int) -> tuple[list[str], Tensor]:
-    """Return names and tokens (rows, length), alternating between text and tokens that are rare in text.
-
-    Those of an image generator are images of random codes instead.
-    """
-    generator = torch.Generator().manual_seed(0)
-    if codes := code_vocabulary(checkpoint.read_config(folder)):
-        starts = torch.randint(codes.codes, vocabulary, (rows, 1), generator=generator)
-        images = torch.randint(codes.codes, (rows, length - 1), generator=generator)
-        return ["random codes"] * rows, torch.cat([starts, images], 1)
-    tokenizer = checkpoint.load_tokenizer(folder)
-    texts = cycle(TEXTS.items())
-    names, prompts = [], []
-    for index in range(rows):
-        if index % 2:
-            names.append("random tokens")
-            prompts.append(torch.randint(vocabulary, (length,), generator=generator))
-        else:
-            name, text = next(texts)
-            names.append(name)
-            prompts.append(torch.tensor([*islice(cycle(tokenizer.encode(text)), length)]))
-    return names, torch.stack(prompts)
-
-
-def _run_alone(runtime: Runtime, name: str, prompt: Tensor, decode_steps: int) -> Row:
-    logits = [runtime.prefill(prompt[None])[0]]
-    greedy = []
-    for _ in range(decode_steps):
-        greedy.append(logits[-1][-1].argmax())
-        logits.append(runtime.decode(greedy[-1].reshape(1, 1)))
-    return Row(name, prompt, torch.stack(greedy), torch.cat(logits).float())
 
 
 # --- the comparison ----------------------------------------------------------------------------------

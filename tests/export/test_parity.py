@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from numprune.errors import InputError, IntegrityError, ParityError
 from numprune.export import manifest, onnx, parity, tolerance
+from numprune.export.parity_reference import Row
 from numprune.export.runtimes.torch_eager import TorchRuntime
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.quantization import Scheme
@@ -199,7 +200,7 @@ def test_float32_far_from_float64_proves_nothing(tiny_checkpoint: Checkpoint) ->
     """Rounding as large as the logits: what comes of the checkpoint depends on who runs it."""
     base = tiny_checkpoint()
     logits = torch.randn(6, 259, generator=torch.Generator().manual_seed(0))
-    rows = [parity.Row("prose", torch.arange(4), torch.arange(2), logits)]
+    rows = [Row("prose", torch.arange(4), torch.arange(2), logits)]
     with pytest.raises(
         ParityError, match=r"on prose its logits spread by only .* own float32 error there is .*; prune less"
     ):
@@ -217,7 +218,7 @@ def test_half_precision_far_from_float32_proves_nothing(
         quantize_checkpoint(base, scheme, tmp_path / "quantized", torch.device("cpu"))
         base = tmp_path / "quantized"
     logits = torch.randn(6, 259, generator=torch.Generator().manual_seed(0))
-    rows = [parity.Row("prose", torch.arange(4), torch.arange(2), logits)]
+    rows = [Row("prose", torch.arange(4), torch.arange(2), logits)]
     with pytest.raises(ParityError, match=rf"on prose its logits spread by .* reliably in bfloat16{remedy}"):
         parity._allowed_noise(TorchRuntime(base, dtype="bfloat16"), base, rows, "bfloat16")
 
