@@ -1,19 +1,16 @@
 """The sections of a recipe, with the values that each key can have."""
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from numprune.budget_texts import Asked, parse_budgets
-from numprune.documents import WHOLE_FILE, Reading, separator
-from numprune.errors import InputError
+from numprune.documents import WHOLE_FILE, Reading
 from numprune.flows.names import (
     ALL_ITEMS,
     BUILT_IN,
     CAUSAL_LM,
     DEFAULT_AXES,
-    EMBEDDED,
     LEARNING_RATE,
     LEARNING_TOKENS,
     ROOFLINE,
@@ -40,120 +37,31 @@ from numprune.flows.names import (
     TorchMode,
     TrainedWeights,
 )
+from numprune.flows.values import (
+    NO_BUDGET,
+    Budget,
+    Candidates,
+    Count,
+    FewShot,
+    Heldout,
+    Limit,
+    Pack,
+    PromptFiles,
+    Prompts,
+    Repeats,
+    Seed,
+    Separator,
+    Text,
+    distinct,
+)
 from numprune.refinement import MINUTES
 from numprune.roofline import Peaks, peaks_of
-from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
-from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
+from numprune.serving.report import ModelName
 from numprune.shape import shape_fields, shapes_of
 from numprune.target import Target as SizeTarget
 
-NO_BUDGET = "none"
 NO_FILE = "none"
-_MOST_EXAMPLES = 100
 MAXIMUM_IMAGES = 1000
-
-
-def _text(value: Any) -> Any:
-    return value if value == EMBEDDED else _files(value, 'must be "embedded" or a list of text files')
-
-
-def _files(value: Any, rule: str = "must be a list of text files") -> Any:
-    files = [value] if isinstance(value, str) else value
-    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
-        raise ValueError(rule)
-    return files
-
-
-def _heldout(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return _text(value)
-    if not value:
-        raise ValueError("must name at least one corpus")
-    if unusable := [name for name in value if not re.fullmatch(CORPUS_NAME, name)]:
-        raise ValueError(f"{unusable[0]!r} cannot name a corpus; use lower-case letters, digits, - and _")
-    return {name: _text(text) for name, text in value.items()}
-
-
-def _prompt_files(value: Any) -> Any:
-    return [] if value == [] else _files(value)
-
-
-def _prompts(value: Any) -> Any:
-    if value == BUILT_IN:
-        return value
-    if not isinstance(value, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in value):
-        raise ValueError(f'must be "{BUILT_IN}" or a list of texts that are not empty')
-    if len(value) > MAXIMUM_PROMPTS:
-        raise ValueError(f"must have at most {MAXIMUM_PROMPTS} prompts")
-    return value
-
-
-def _distinct(value: list[Any]) -> list[Any]:
-    if len(set(value)) != len(value):
-        raise ValueError("must not contain duplicates")
-    return value
-
-
-def _separator(value: str) -> str:
-    try:
-        separator(value)
-    except InputError as error:
-        raise ValueError(str(error)) from None
-    return value
-
-
-def _budget(value: Any) -> Any:
-    limits = [value] if isinstance(value, str) else value
-    if not isinstance(limits, list) or not limits or not all(isinstance(limit, str) for limit in limits):
-        raise ValueError('must be "none", a limit like "6GiB", or a list of limits')
-    try:
-        if value != NO_BUDGET:
-            parse_budgets(limits)
-    except InputError as error:
-        raise ValueError(str(error)) from None
-    return value
-
-
-def _candidates(value: Any) -> Any:
-    numbers = value if isinstance(value, list) else [value]
-    if not numbers or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
-        raise ValueError("must be a number of at least 0, or a list of them")
-    return _distinct(value) if isinstance(value, list) else value
-
-
-def _repeats(value: int) -> int:
-    if not are_repeats(value):
-        raise ValueError(REPEATS_RULE)
-    return value
-
-
-def _pack(value: Any) -> Any:
-    if value != "auto" and not isinstance(value, bool):
-        raise ValueError('must be "auto", true or false')
-    return value
-
-
-def _few_shot(value: Any) -> Any:
-    if value != TASKS_OWN and not (type(value) is int and 0 <= value <= _MOST_EXAMPLES):
-        raise ValueError(f'must be "{TASKS_OWN}" or a number from 0 to {_MOST_EXAMPLES}')
-    return value
-
-
-def _limit(value: Any) -> Any:
-    if value != ALL_ITEMS and not (type(value) is int and 1 <= value < 2**31):
-        raise ValueError(f'must be "{ALL_ITEMS}" or a number of items, at least 1')
-    return value
-
-
-Text = Annotated[str | list[str], PlainValidator(_text)]
-Heldout = Annotated[str | list[str] | dict[str, str | list[str]], PlainValidator(_heldout)]
-PromptFiles = Annotated[list[str], PlainValidator(_prompt_files)]
-Prompts = Annotated[str | list[str], PlainValidator(_prompts)]
-FewShot = Annotated[int | Literal["task"], PlainValidator(_few_shot)]
-Limit = Annotated[int | Literal["all"], PlainValidator(_limit)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Candidates = Annotated[int | list[int], PlainValidator(_candidates)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -183,9 +91,9 @@ class Data(Section):
     samples: Count = 128
     sequence_length: Annotated[int, Field(ge=2, lt=2**31)] = SEQUENCE_LENGTH
     seed: Seed = 0
-    split: Annotated[str, AfterValidator(_separator)] = WHOLE_FILE
+    split: Separator = WHOLE_FILE
     chat: bool = False
-    pack: Annotated[bool | Literal["auto"], PlainValidator(_pack)] = "auto"
+    pack: Pack = "auto"
 
     @property
     def corpora(self) -> dict[str, str | list[str]]:
@@ -217,11 +125,11 @@ class Prune(Section):
     criterion: Criterion = "obs"
     allocation: Allocation = "uniform"
     compensation: Compensation = "joint"
-    axes: Annotated[list[Axis], Field(min_length=1), AfterValidator(_distinct)] = list(DEFAULT_AXES)
+    axes: Annotated[list[Axis], Field(min_length=1), AfterValidator(distinct)] = list(DEFAULT_AXES)
     keep: list[Annotated[str, Field(min_length=1)]] = []
     floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     skips: bool = False
-    budget: Annotated[str | list[str], PlainValidator(_budget)] = NO_BUDGET
+    budget: Budget = NO_BUDGET
     drop_layers: Candidates = 0
     drop_blocks: Annotated[int, Field(ge=0, lt=2**31)] = 0
     hidden_size: Candidates = 0
@@ -366,7 +274,7 @@ class Export(Section):
     `dtype`: precision of the exports and of both sides of a benchmark; see numprune.export.precision.choose.
     """
 
-    targets: Annotated[list[ExportFormat], AfterValidator(_distinct)] = ["vllm", "onnx"]
+    targets: Annotated[list[ExportFormat], AfterValidator(distinct)] = ["vllm", "onnx"]
     shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(MB|GB)$")] = "5GB"
     opset: Literal[20, 23] = 23
     dtype: Dtype = "auto"
@@ -387,7 +295,7 @@ class Evaluate(Section):
     """
 
     prompts: Prompts = BUILT_IN
-    tasks: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_distinct)] = []
+    tasks: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(distinct)] = []
     num_fewshot: FewShot = TASKS_OWN
     limit: Limit = ALL_ITEMS
     task_runtime: TaskRuntime = "torch"
@@ -407,23 +315,23 @@ class Benchmark(Section):
     in any currency, adds the cost of a million tokens to the report; 0: unknown.
     """
 
-    runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
+    runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(distinct)] = ["torch", "onnxruntime"]
     device: Device = "auto"
     torch_mode: TorchMode = "auto"
     prompts: Count = 4
     prompt_length: Count = 128
     output_length: Annotated[int, Field(ge=2, lt=2**31)] = 32
     batch_size: Count = 1
-    repeats: Annotated[int, Field(lt=2**31), AfterValidator(_repeats)] = 10
+    repeats: Repeats = 10
     warmup: Count = 1
     seed: Seed = 0
-    concurrency: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 4]
+    concurrency: Annotated[list[Count], Field(min_length=1), AfterValidator(distinct)] = [1, 4]
     goodput_ttft_ms: Count = 200
     goodput_tpot_ms: Count = 50
     kv_cache_mib: Count = 256
     maximum_failed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 8]
-    lengths: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [32, 128]
+    batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(distinct)] = [1, 8]
+    lengths: Annotated[list[Count], Field(min_length=1), AfterValidator(distinct)] = [32, 128]
     passes: Count = 4
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 

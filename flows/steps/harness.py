@@ -22,7 +22,7 @@ from numprune.errors import InputError, MissingRuntime
 from numprune.export.imports import bring_back_sklearn
 from numprune.flows.names import ALL_ITEMS, TASKS_OWN
 from numprune.flows.recipe import TASK_FILES
-from numprune.flows.sections import FewShot, Limit
+from numprune.flows.values import FewShot, Limit
 from numprune.serving.problems import did_you_mean, listed
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")  # metrics that are right or wrong, item by item

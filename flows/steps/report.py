@@ -10,7 +10,7 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
-from numprune.flows.sections import NO_BUDGET, Learn, Prune, Recover
+from numprune.flows.sections import Learn, Prune, Recover
 from numprune.flows.steps.results import (
     GeneratedText,
     Judgement,
@@ -21,6 +21,7 @@ from numprune.flows.steps.results import (
     TimedCheckpoint,
     Timings,
 )
+from numprune.flows.values import NO_BUDGET
 from numprune.serving import benchmark, gates
 from numprune.serving.benchmark import vllm as benchmark_vllm
 from numprune.serving.junit import junit

@@ -5,9 +5,9 @@ from typing import Any
 
 from numprune.errors import InputError
 from numprune.flows.names import TaskRuntime, TorchMode
-from numprune.flows.sections import FewShot, Limit
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import BaselineScores, TaskAnswers, Timings
+from numprune.flows.values import FewShot, Limit
 from numprune.serving.report import Quality
 
 
