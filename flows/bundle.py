@@ -12,19 +12,13 @@ from typing import Any
 from numprune.errors import IntegrityError
 from numprune.export import disk, manifest
 from numprune.flows import runs
+from numprune.flows.names import CHECKPOINT
 from numprune.flows.recipe import Recipe
 from numprune.flows.stages import exclusive, is_whole
 from numprune.plans import PLAN_FILE
 from numprune.serving import reference_answers
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint"  # the part of a release that servers load
-
-
-def folder_name(export_format: str) -> str:
-    """The name of an export in a release, and its folder in the stage."""
-    return CHECKPOINT if export_format == "vllm" else export_format
 
 
 def make_release(

@@ -50,7 +50,7 @@ def sample_calibration(run: Run) -> Stage[CalibrationRows]:
     data = run.recipe.data
     return Stage.of(
         "calibration",
-        "numprune",
+        "export",
         make_calibration,
         model=run.base,
         text=run.calibration,
@@ -65,7 +65,7 @@ def read_heldout(run: Run, corpus: str) -> Stage[HeldoutRows]:
     data = run.recipe.data
     stage = Stage.of(
         "heldout",
-        "numprune",
+        "export",
         make_heldout,
         model=run.base,
         text=run.heldout[corpus],
@@ -239,7 +239,7 @@ def _training_rows(
     data = run.recipe.data
     return Stage.of(
         name,
-        "numprune",
+        "export",
         body,
         model=run.base,
         text=run.calibration,

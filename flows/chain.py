@@ -7,7 +7,6 @@ from itertools import count
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from numprune.flows.bundle import CHECKPOINT, folder_name
 from numprune.flows.candidate import (
     draw_attention,
     generate,
@@ -36,7 +35,7 @@ from numprune.flows.evaluation import (
     sample_images,
     score_baseline,
 )
-from numprune.flows.names import export_of, runtime_of
+from numprune.flows.names import CHECKPOINT, export_of, folder_name, runtime_of
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Stage, StageResult, find
 from numprune.flows.steps.results import Answers, Exported, Judgement, Parity, PrunedCheckpoint, Timings

@@ -117,7 +117,7 @@ def evaluate(
     pruned, trained = training or (None, None)
     stage = Stage.of(
         "quality",
-        "export",
+        "serving",
         make_quality,
         candidate=candidate,
         unquantized=unquantized,
@@ -172,7 +172,7 @@ def compare_images(run: Run, real: Artifact, baseline: Artifact, candidate: Arti
     assert run.fid_network is not None
     return Stage.of(
         "fid",
-        "numprune",
+        "export",
         make_image_metrics,
         real=real,
         baseline=baseline,

@@ -1,7 +1,7 @@
-"""The names allowed in recipes and on the command line.
+"""The names allowed in recipes and on the command line, and those of folders.
 
-They are repeated here so that neither needs a tensor library to refuse a wrong one; a test keeps them in sync with the
-implementation.
+The former are repeated here so that neither needs a tensor library to refuse a wrong one; a test keeps them in sync
+with the implementation.
 """
 
 from collections.abc import Collection
@@ -28,6 +28,7 @@ LEARNING_RATE = 1e-4  # of the weights
 # Of [prune]: what masks may remove.
 LEARNED_LIMITS = ("ratio", "budget", "allocation", "axes", "keep", "floors", "skips")
 LearningConstraint = Literal["parameters", "flops", "bytes", "kv-bytes", "milliseconds"]
+CHECKPOINT = "checkpoint"  # the folder of a checkpoint in its stage, and the part of a release that servers load
 # The folder of a run's learned masks; in it, and in that of `numprune learn`: the plan, and the trained weights.
 LEARNED, LEARNED_PLAN, LEARNED_MODEL = "learned", "plan.json", "model"
 Scheme = Literal["fp8", "w8a8", "w4a16"]
@@ -79,3 +80,8 @@ def runtime_of(export_format: str, formats: Collection[str]) -> str | None:
     """Return the runtime that times an export; None if no runtime does, or if it times another of `formats`."""
     runtime = RUNTIME_OF_EXPORT[export_format]
     return runtime if export_of(runtime, formats) == export_format else None
+
+
+def folder_name(export_format: str) -> str:
+    """Return the name of an export in a release, and its folder in the stage."""
+    return CHECKPOINT if export_format == "vllm" else export_format

@@ -39,12 +39,12 @@ R_co = TypeVar("R_co", covariant=True)
 RESULT = "result.json"  # the body's result, in the stage's folder
 _ROOT = Path(numprune.__file__).parent
 _LINKED = ("export", "serving", "flows")  # in _ROOT, beside the core
-Layer = Literal["numprune", "export", "serving", "studies"]
-# The code of each layer besides the core; a layer's stages also use the layers before it. `flows/steps` holds the
-# bodies of the stages. Studies are a layer of their own, so that an edit there leaves production stages valid.
-_FOLDERS: dict[Layer, tuple[str, ...]] = {
-    "numprune": ("flows/steps",),
-    "export": ("export",),
+Layer = Literal["export", "serving", "studies"]
+# The code of each layer besides the core, as folders and files; a layer's stages also use the layers before it.
+# `flows/steps` has the bodies of the stages; the other modules of `flows` that they use are listed. Studies are a layer
+# of their own, so that an edit there leaves production stages valid.
+_CODE: dict[Layer, tuple[str, ...]] = {
+    "export": ("export", "flows/steps", "flows/names.py", "flows/sections.py", "flows/values.py"),
     "serving": ("serving",),
     "studies": ("flows/studies",),
 }
@@ -291,10 +291,10 @@ def code_version(layer: Layer) -> dict[str, str]:
 
 def sources(layer: Layer) -> list[Path]:
     """numprune's source files up to `layer`, and the stages' bodies, relative to the package."""
-    layers = list(_FOLDERS)
-    folders = [folder for name in layers[: layers.index(layer) + 1] for folder in _FOLDERS[name]]
+    layers = list(_CODE)
+    code = [_ROOT / place for name in layers[: layers.index(layer) + 1] for place in _CODE[name]]
     files = [path for path in _ROOT.rglob("*.py") if path.relative_to(_ROOT).parts[0] not in _LINKED]
-    files += [path for folder in folders for path in (_ROOT / folder).rglob("*.py")]
+    files += [path for place in code for path in (place.rglob("*.py") if place.is_dir() else [place])]
     return sorted(path.relative_to(_ROOT) for path in files)
 
 

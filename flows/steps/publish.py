@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from numprune.flows.bundle import CHECKPOINT
+from numprune.flows.names import CHECKPOINT
 from numprune.serving import registry
 
 

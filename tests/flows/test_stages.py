@@ -1,10 +1,11 @@
+import ast
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numprune.export import manifest
 from numprune.flows import stages
 from numprune.flows.stages import Artifact, Stage, StageResult, run_stage
 
+FLOWS = Path(stages.__file__).parent
 ONE, TWO = "1" * 64, "2" * 64
 
 # A stage in a process of its own: it appends to `calls` when its body runs, and waits for `go` inside the body.
@@ -117,15 +119,37 @@ def test_another_code_version_changes_the_key(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_code_version_covers_the_layers_below_and_no_more() -> None:
-    versions = [stages.code_version(layer) for layer in ("numprune", "export", "serving")]
+    versions = [stages.code_version(layer) for layer in ("export", "serving", "studies")]
     assert len({version["sources"] for version in versions}) == 3
     assert "torch" in versions[0]
-    names = {layer: {path.as_posix() for path in stages.sources(layer)} for layer in ("numprune", "export", "serving")}
-    assert {"pruning.py", "criteria/numerical.py", "flows/steps/prune.py"} <= names["numprune"]
-    assert "export/manifest.py" in names["export"] - names["numprune"]
+    names = {layer: {path.as_posix() for path in stages.sources(layer)} for layer in ("export", "serving")}
+    assert {"pruning.py", "criteria/numerical.py", "flows/steps/prune.py", "export/manifest.py"} <= names["export"]
     assert "serving/benchmark/run.py" in names["serving"] - names["export"]
     assert not any(name.startswith(("flows/cli", "flows/studies")) for name in names["serving"])
     assert "flows/studies/compare/steps.py" in {path.as_posix() for path in stages.sources("studies")}
+
+
+def modules_of_flows(path: Path) -> Iterator[Path]:
+    """The files of `flows` that the module `path` imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("numprune.flows"):
+            folder = FLOWS.joinpath(*(node.module or "").split(".")[2:])
+            yield from filter(
+                Path.is_file, (folder.with_suffix(".py"), *(folder / f"{one.name}.py" for one in node.names))
+            )
+
+
+def test_the_code_version_covers_every_module_of_flows_that_a_body_uses() -> None:
+    # stages.py makes the keys; the embedded text, and a recipe's paths, are in the digests of inputs.
+    apart = {FLOWS / "stages.py", FLOWS / "recipe.py", FLOWS / "embedded" / "corpus.py"}
+    used, unread = set[Path](), {*(FLOWS / "steps" / "bodies").glob("*.py")}
+    while unread:
+        used |= unread
+        unread = {file for path in unread for file in modules_of_flows(path)} - used - apart
+    assert {FLOWS / "steps" / "text.py", FLOWS / "sections.py"} <= used
+    assert {f"flows/{file.relative_to(FLOWS)}" for file in used} <= {
+        path.as_posix() for path in stages.sources("export")
+    }
 
 
 def test_a_body_that_raises_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from numprune.corpus import rows_digest
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export.checkpoint import load_tokenizer
-from numprune.flows.bundle import CHECKPOINT
+from numprune.flows.names import CHECKPOINT
 from numprune.flows.sections import Prune
 from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps.bodies.candidate import make_pruned

@@ -12,9 +12,8 @@ import pytest
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.files import CARD
-from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.candidate import learn
-from numprune.flows.names import LEARNED
+from numprune.flows.names import CHECKPOINT, LEARNED
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.stages import RESULT, Artifact, StageResult, Text, place_of, read_facts

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from numprune.flows.names import LEARNED, LEARNED_PLAN, ROOFLINE
+from numprune.flows.names import CHECKPOINT, LEARNED, LEARNED_PLAN, ROOFLINE
 from numprune.flows.sections import BlockTimings, Learn, Prune, Quantize, Recover
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
@@ -69,7 +69,6 @@ def make_attention_maps(
     """Draw where the heads of base and pruned model look in held-out images; `pruned`: the stage."""
     import torch
 
-    from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.steps.attention_maps import draw_maps
     from numprune.flows.steps.text import load_heldout
 
@@ -98,7 +97,6 @@ def make_pruned(
     """
     import torch
 
-    from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.steps.prune import options_of, planned, prune_checkpoint
     from numprune.flows.steps.text import load_calibration
 
@@ -167,7 +165,6 @@ def make_pruned_within_time(
     """
     import torch
 
-    from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.steps.prune import planned
     from numprune.flows.steps.text import load_calibration
     from numprune.flows.steps.timed_prune import options_within_time, prune_within_time
@@ -196,7 +193,6 @@ def make_recovered(
     """Train towards the dense model, into the folder `checkpoint`. A killed training resumes from its last state."""
     import torch
 
-    from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.stages import kept_beside
     from numprune.flows.steps.recover import options_of, recover_checkpoint
     from numprune.flows.steps.training import load_rows
@@ -213,7 +209,6 @@ def make_quantized(
     """Quantize into the folder `checkpoint`; GPTQ fits to the outputs of the dense model, if its stream is the same."""
     import torch
 
-    from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.steps.quantize import quantize_checkpoint, schemes_of, target_of
     from numprune.flows.steps.text import load_calibration
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from numprune.flows.names import folder_name
 from numprune.flows.stages import Artifact
 from numprune.flows.steps.results import Answers, Exported, Parity
 
@@ -28,7 +29,6 @@ def make_tensorrt(
 
 
 def _exported(out: Path, source: Artifact, export_format: str, **options: Any) -> Exported:
-    from numprune.flows.bundle import folder_name
     from numprune.flows.steps.export import export
 
     made = export(source.path, out / folder_name(export_format), export_format, **options)

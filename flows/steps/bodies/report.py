@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from numprune.flows.names import CHECKPOINT
 from numprune.flows.sections import Learn, Prune, Recover
 from numprune.flows.stages import Artifact, read_facts
 from numprune.flows.steps.results import (
@@ -63,7 +64,6 @@ def make_report(
         asked, asked_to_learn, asked_to_recover: how the candidate was to be pruned, and trained.
         policy: the gates; `candidates`: how many this one is chosen among.
     """
-    from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.steps.answers import compare_answers
     from numprune.flows.steps.attention import attention_section
     from numprune.flows.steps.fid import with_images

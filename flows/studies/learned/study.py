@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from numprune.counted import counted
 from numprune.export.manifest import folder_digest
 from numprune.flows import names
-from numprune.flows.bundle import CHECKPOINT
+from numprune.flows.names import CHECKPOINT
 from numprune.flows.sections import Learn, Prune, Recover
 from numprune.flows.stages import Artifact, Stage, StageResult, Text, run_stage
 from numprune.flows.steps.bodies.candidate import make_learned, make_recovered
@@ -257,7 +257,7 @@ class Study:
         quality = self._made(
             Stage.of(
                 "quality",
-                "export",
+                "serving",
                 make_quality,
                 candidate=made.checkpoint,
                 unquantized=None,
