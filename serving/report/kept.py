@@ -36,7 +36,8 @@ def layer_of(block: str) -> int | None:
 
 def without(units: Units, layers: Collection[int]) -> Units:
     """Only the remaining layers, if some are dropped."""
-    return {layer: found for layer, found in units.items() if layer not in layers}
+    gone = frozenset(layers)
+    return {layer: found for layer, found in units.items() if layer not in gone}
 
 
 def listed(layers: Collection[int]) -> str:
