@@ -2,16 +2,16 @@
 
 For each candidate of hidden size and dropped layers, the allocation chooses the sizes of blocks, with costs at that
 hidden size. Three losses are added up for its price: that of the blocks' error curves, which a rotation of the residual
-stream does not change; the divergence without the dropped layers, as measured; and the part of the stream that the kept
-directions do not predict, 1/2 sum tr(F E) over the points where it is read, E its second moment and F the Fisher matrix
-(basis.py). They rank candidates; sums of such losses do not predict that of the pruned model. So the best ones, and the
-model's own shape, are pruned on most of the calibration rows, and compared on the others.
+stream does not change; the divergence without the dropped layers, and that of the model with all units at that hidden
+size, both as measured. (1/2 sum tr(F E) over the points where the stream is read, basis.py, ranks directions well, but
+the refit of the layers behind makes up for more than half of it.) Losses need not add up, so prices only rank. The best
+ones, and the model's own shape, are pruned on most of the calibration rows, and compared on the others.
 """
 
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -27,9 +27,7 @@ from numprune.choosing import dense_inputs, error_curves, least_units
 from numprune.curves import Errors, error_at
 from numprune.depth import choose
 from numprune.errors import InputError
-from numprune.hidden import Narrowing
 from numprune.layers import CopiedLayers
-from numprune.linalg import cholesky, damped
 from numprune.option_checks import check_options
 from numprune.options import PruneOptions, left_of, protected_layers, sizes_allowed, with_shape
 from numprune.plans import DroppedLayer
@@ -44,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 _MEASURED = 3  # candidates, in addition to the model's own shape
 _APART = 4  # every fourth row measures
-_DAMPING = 1e-6  # of second moments, relative to their mean diagonal
 MINIMUM_ROWS = 2 * _APART
 
 
@@ -84,10 +81,10 @@ def choose_shape(
     check_rows(layers.anatomy, rows)
     check_comparable(len(rows), resident=True)
     apart = torch.arange(len(rows)) % _APART == 0
-    study = _Study.of(model, layers, rows[~apart], options)
+    study = _Study.of(model, layers, rows[~apart], rows[apart], options)
     priced = sorted(study.priced(), key=lambda found: found[1])
     measured = {shape for shape, _ in priced[:_MEASURED]} | {PLAIN}
-    found = {shape: study.divergence(shape, rows[apart]) for shape, _ in priced if shape in measured}
+    found = {shape: study.divergence(with_shape(options, shape)) for shape, _ in priced if shape in measured}
     best = min(found, key=found.__getitem__)
     tried = {
         shape: TriedShape(
@@ -105,37 +102,29 @@ def choose_shape(
     return with_shape(options, best), choice
 
 
-def stream_loss(moments: basis.StreamMoments, narrowing: Narrowing) -> float:
-    """Return the loss in nats per token of what the kept directions of the stream do not predict of it."""
-    rotation = narrowing.rotation
-    size = len(moments.states[0])
-    kept = torch.eye(size, dtype=torch.float64) if rotation is None else rotation.double().cpu()
-    kept = kept[:, narrowing.kept.cpu()]  # (H, K)
-    total = 0.0
-    for state, gradient in zip(moments.states, moments.gradients, strict=True):
-        second = state.double().cpu()
-        known = second @ kept  # (H, K)
-        factor = cholesky(damped(kept.T @ known, _DAMPING))
-        predicted = torch.linalg.solve_triangular(factor, known.T, upper=False)  # its square is what is predicted
-        total += float((gradient.double().cpu() * (second - predicted.T @ predicted)).sum()) / 2
-    return max(total, 0.0)
-
-
 @dataclass(frozen=True)
 class _Study:
-    """One model with what was measured of it on the rows to prune on."""
+    """One model with what was measured of it on the rows to prune on; `apart`: the rows to compare on.
+
+    Attributes:
+        widths: divergence at each smaller hidden size with all units.
+    """
 
     model: PreTrainedModel
     layers: CopiedLayers
     rows: Tensor
+    apart: Tensor
     options: PruneOptions
     dropped: Sequence[DroppedLayer]
     moments: basis.StreamMoments | None
     errors: Errors
     rounding: Rounding
+    widths: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, layers: CopiedLayers, rows: Tensor, options: PruneOptions) -> "_Study":
+    def of(
+        cls, model: PreTrainedModel, layers: CopiedLayers, rows: Tensor, apart: Tensor, options: PruneOptions
+    ) -> "_Study":
         anatomy, batch_size = layers.anatomy, options.batch_size
         most = max(shape.drop_layers for shape in options.shapes)
         protected = protected_layers(anatomy, options)
@@ -149,7 +138,7 @@ class _Study:
         levels = levels_of(options.budget, options.target) if options.budget else ()
         schemes = [level for level in levels if level is not None]
         rounding = rounding_prices(walker, rows, gradients.output, schemes) if schemes else {}
-        return cls(model, layers, rows, options, dropped, moments, errors, rounding)
+        return cls(model, layers, rows, apart, options, dropped, moments, errors, rounding)
 
     def priced(self) -> Iterator[tuple[Shape, float]]:
         """Yield every shape within the ratio or the budget, with its price. Raises InputError if no shape is."""
@@ -170,10 +159,16 @@ class _Study:
         total = self._units(anatomy, left, _renamed(self.errors, whole, gone), _renamed(self.rounding, whole, gone))
         if gone:
             total += self.dropped[shape.drop_layers - 1].divergence
-        if (narrowing := self._narrowing(shape)) is not None:
-            assert self.moments is not None
-            total += stream_loss(self.moments, narrowing)
+        if shape.hidden_size is not None:
+            total += self._width(shape.hidden_size)
         return total
+
+    def _width(self, size: int) -> float:
+        """Return the divergence at a smaller hidden size, if no unit and no layer goes."""
+        if size not in self.widths:
+            whole = replace(self.options, ratio=0.0, budget=None, time_budget=None, kv_budget=None)
+            self.widths[size] = self.divergence(with_shape(whole, Shape(size, 0)))
+        return self.widths[size]
 
     def _units(self, anatomy: Anatomy, options: PruneOptions, errors: Errors, rounding: Rounding) -> float:
         """Return the price of the sizes, and the schemes, that the allocation chooses."""
@@ -184,20 +179,20 @@ class _Study:
         sizes = divide(anatomy, options.ratio, allowed, errors)
         return math.fsum(error_at(errors, block, sizes[block.name]) for block in anatomy.blocks)
 
-    def _narrowing(self, shape: Shape) -> Narrowing | None:
-        if shape.hidden_size is None:
-            return None
-        assert self.moments is not None
-        return basis.choose(self.moments, shape.hidden_size, self.options.basis)
-
     @torch.no_grad()
-    def divergence(self, shape: Shape, apart: Tensor) -> float:
-        """Return the mean divergence from the dense model on other rows of the model pruned to this shape."""
-        options, narrowing, cut = with_shape(self.options, shape), self._narrowing(shape), dict[str, Tensor]()
-        gone = self.dropped[: shape.drop_layers]
+    def divergence(self, options: PruneOptions) -> float:
+        """Return the mean divergence from the dense model, on the rows apart, of the model pruned with these options.
+
+        `options`: those of the study with one shape.
+        """
+        narrowing, cut = None, dict[str, Tensor]()
+        if options.hidden_size is not None:
+            assert self.moments is not None
+            narrowing = basis.choose(self.moments, options.hidden_size, options.basis)
+        gone = self.dropped[: options.drop_layers]
         made = prune_layers(self.layers, self.rows, options, cut.update, dropped=gone, narrowing=narrowing)
         pruned = assemble(self.model, config_after(self.layers, made), cut, narrowing)
-        return divergence(CopiedLayers(pruned, self.layers.task), self.layers, apart)
+        return divergence(CopiedLayers(pruned, self.layers.task), self.layers, self.apart)
 
 
 @torch.no_grad()

@@ -5,22 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from numprune import basis
 from numprune.anatomy import read_anatomy
 from numprune.byte_budget import ByteBudget
 from numprune.curves import error_at
 from numprune.errors import InputError
-from numprune.hidden import Narrowing
 from numprune.layers import CopiedLayers
 from numprune.learning import check_learning
 from numprune.option_checks import check_options
 from numprune.options import PruneOptions, left_of, with_shape
 from numprune.pruning import plan_layers, prune
 from numprune.shape import PLAIN, Shape, shape_fields, shapes_of
-from numprune.shaping import _Study, choose_shape, divergence, stream_loss
+from numprune.shaping import _Study, choose_shape, divergence
 from tests.conftest import build_tiny, tiny_config
 
 ROWS = torch.randint(0, 256, (16, 20), generator=torch.Generator().manual_seed(0))
+APART = torch.arange(len(ROWS)) % 4 == 0
 SHAPES = shapes_of([56, 48], [1])
 OPTIONS = PruneOptions(0.4, "magnitude", "error", "oneshot", shapes=SHAPES)
 
@@ -32,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def study(model):
-    return _Study.of(model, CopiedLayers(model), ROWS, OPTIONS)
+    return _Study.of(model, CopiedLayers(model), ROWS[~APART], ROWS[APART], OPTIONS)
 
 
 def test_combinations_include_the_models_own_shape():
@@ -42,35 +41,21 @@ def test_combinations_include_the_models_own_shape():
     assert shape_fields([], [1, 2]) == {"shapes": (PLAIN, Shape(None, 1), Shape(None, 2))}
 
 
-def test_the_loss_of_the_stream_is_that_of_the_error_of_its_prediction(study):
-    moments = study.moments
-    narrowing = basis.choose(moments, 40, "fisher")
-    kept = narrowing.rotation[:, :40]
-    expected = 0.0
-    for state, gradient in zip(moments.states, moments.gradients, strict=True):
-        state = state.double()
-        predictor = state @ kept @ torch.linalg.inv(kept.T @ state @ kept) @ kept.T  # of x from K^T x
-        left = torch.eye(64, dtype=torch.float64) - predictor
-        expected += float((gradient.double() * (left @ state @ left.T)).sum()) / 2
-    assert stream_loss(moments, narrowing) == pytest.approx(expected, rel=0.02)
-    assert stream_loss(moments, Narrowing(torch.arange(64))) == pytest.approx(0, abs=1e-3 * expected)
-    losses = [stream_loss(moments, basis.choose(moments, size, "fisher")) for size in (60, 48, 32, 16)]
-    assert losses == sorted(losses)
-    assert stream_loss(moments, basis.choose(moments, 40, "coordinates")) > expected
-
-
-def test_a_price_is_the_sum_of_stream_layers_and_units(model, study):
+def test_a_price_is_the_sum_of_width_layers_and_units(model, study):
     prices = dict(study.priced())
     assert prices.keys() == {*SHAPES}
     plain = with_shape(OPTIONS, PLAIN)
     layers = CopiedLayers(model)
-    sizes = plan_layers(layers, ROWS, plain).sizes()
+    sizes = plan_layers(layers, ROWS[~APART], plain).sizes()
     units = sum(error_at(study.errors, block, sizes[block.name]) for block in layers.anatomy.blocks)
     assert prices[PLAIN] == pytest.approx(units)
     nothing = replace(study, options=replace(OPTIONS, ratio=0.0))
     assert dict(nothing.priced())[PLAIN] == 0.0
-    narrow = dict(nothing.priced())[Shape(48, 0)]
-    assert narrow == pytest.approx(stream_loss(study.moments, basis.choose(study.moments, 48, "fisher")))
+    narrow = replace(with_shape(OPTIONS, Shape(48, 0)), ratio=0.0)
+    made = prune(model, ROWS[~APART], narrow).model
+    assert (made.config.hidden_size, made.config.intermediate_size) == (48, model.config.intermediate_size)
+    expected = divergence(CopiedLayers(made), layers, ROWS[APART])
+    assert dict(nothing.priced())[Shape(48, 0)] == pytest.approx(expected, rel=1e-3)
     (drop,) = study.dropped
     everything = replace(study, options=replace(OPTIONS, ratio=0.34))
     assert dict(everything.priced())[Shape(None, 1)] == pytest.approx(drop.divergence, rel=0.5)
@@ -89,9 +74,8 @@ def test_the_candidate_with_the_least_measured_divergence_is_chosen(model):
     assert others == sorted(others)
     assert choice.rows_apart == 4
     # It is the divergence of what pruning makes of the other rows.
-    apart = torch.arange(len(ROWS)) % 4 == 0
-    made = prune(model, ROWS[~apart], with_shape(OPTIONS, PLAIN)).model
-    found = divergence(CopiedLayers(made), CopiedLayers(model), ROWS[apart])
+    made = prune(model, ROWS[~APART], with_shape(OPTIONS, PLAIN)).model
+    found = divergence(CopiedLayers(made), CopiedLayers(model), ROWS[APART])
     assert found == pytest.approx(measured[64, 0], rel=1e-3)
 
 
