@@ -57,9 +57,7 @@ def test_dinov2_reads_images_of_the_size_in_its_configuration(tmp_path):
     base = dinov2(tmp_path / "base", crop=8)
     assert load(base).shape == (1, 8, 8)
     change(base, crop_size={"height": 6, "width": 6})
-    said = (
-        r"\[1, 6, 6\].* positions are not interpolated: set its sizes to image_size, or write the model with"
-    )
+    said = r"\[1, 6, 6\].* positions are not interpolated: set its sizes to image_size, or write the model with"
     with pytest.raises(InputError, match=said):
         load(base)
 
