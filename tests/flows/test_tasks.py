@@ -17,7 +17,6 @@ from numprune.flows.steps import answers
 from numprune.flows.steps.answers import (
     TaskFailed,
     answer,
-    answer_served,
     compare_answers,
     find_endpoint,
     read_rows,
@@ -32,13 +31,11 @@ from numprune.serving import gates
 from numprune.serving import report as reports
 from numprune.serving.gates import Gate, Policy
 from numprune.serving.report import Report, page
-from numprune.serving.vllm.server import serving
 from tests.conftest import build_tiny
 from tests.flows.conftest import RECIPE, Answered, write_inputs
 from tests.flows.faults import finish
 from tests.flows.tasks import NAME, YAML, swap_letters, write_task
 from tests.serving.conftest import COMPLETE
-from tests.serving.releases import SMALL, require_vllm, write_checkpoint
 from tests.serving.servers import answering
 
 CPU = torch.device("cpu")
@@ -390,33 +387,6 @@ def test_a_run_answers_tasks_with_both_models_and_shares_the_bases_answers(tmp_p
     assert {"tasks baseline", "tasks candidate"} <= {one["name"] for one in found["stages"]}
     assert not list((tmp_path / "w").rglob(".training-*"))
     manifest.verify(release)
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_a_vllm_server_answers_as_torch_does(
-    numprune: Callable[..., Answered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    where = require_vllm()
-    base = write_checkpoint(tmp_path / "base")
-    tasks = load_tasks([str(write_task(tmp_path / "task", base, 12))])
-    for runtime in ("torch", "vllm"):
-        (tmp_path / runtime).mkdir()
-    answer(tmp_path / "torch", tasks, base, "torch", CPU)
-    with serving(where, base, name="tiny", options=SMALL, dtype="float32", api_key="secret") as server:
-        with pytest.raises(InputError, match="it requires an API key"):
-            find_endpoint(server.url, None)
-        found = answer_served(tmp_path / "vllm", tasks, base, find_endpoint(server.url, "secret"))
-        monkeypatch.setenv("VLLM_API_KEY", "secret")
-        asked = ("--tasks", tmp_path / "task" / "task.yaml", "--limit", 4, "--url", server.url)
-        compared = numprune("tasks", base, "--baseline", base, *asked, "--json").json
-    assert (found.runtime, found.tasks[NAME].accuracy) == ("vllm", {"acc": 1.0})
-    assert compared["runtimes"] == {"candidate": "vllm", "baseline": "torch"}
-    assert compared["tasks"][NAME]["acc"]["candidate"] == 1.0
-    served, ours = (read_rows(tmp_path / runtime, NAME) for runtime in ("vllm", "torch"))
-    for one, other in zip(served, ours, strict=True):
-        logprobs = [[answer[0] for answer in row["answers"]] for row in (one, other)]
-        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
 
 
 def test_a_server_that_does_not_answer_is_named() -> None:

@@ -15,15 +15,20 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
 from numprune.errors import InputError, MissingRuntime, ParityError
 from numprune.export import manifest
+from numprune.flows.steps.answers import answer, answer_served, find_endpoint, read_rows
+from numprune.flows.steps.harness import load_tasks
 from numprune.serving import reference_answers
 from numprune.serving.deployment import Deployment, prove
 from numprune.serving.reference_answers import CompletionAnswers
 from numprune.serving.vllm.environment import Environment
 from numprune.serving.vllm.process import tagged
 from numprune.serving.vllm.server import Server, ServerError, serving
+from tests.flows.conftest import Answered, numprune  # noqa: F401 - a fixture
+from tests.flows.tasks import NAME, write_task
 from tests.serving.releases import SMALL, make_release, require_vllm, write_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -158,6 +163,33 @@ def test_server_refusals_are_reported(running: Server, reference: CompletionAnsw
     data["prompts"][0]["logprobs"] = [-1.0] * (len(data["prompts"][0]["tokens"]) - 1)
     with pytest.raises(ServerError, match=r"/v1/completions returned 400: .*context length"):
         reference_answers.check(running.url, CompletionAnswers.model_validate(data), "float32", KEY)
+
+
+def test_tasks_are_answered_as_in_torch(
+    running: Server,
+    release: Deployment,
+    numprune: Callable[..., Answered],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = release.checkpoint
+    tasks = load_tasks([str(write_task(tmp_path / "task", base, 12))])
+    for runtime in ("torch", "vllm"):
+        (tmp_path / runtime).mkdir()
+    answer(tmp_path / "torch", tasks, base, "torch", torch.device("cpu"))
+    with pytest.raises(InputError, match="it requires an API key"):
+        find_endpoint(running.url, None)
+    found = answer_served(tmp_path / "vllm", tasks, base, find_endpoint(running.url, KEY))
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    asked = ("--tasks", tmp_path / "task" / "task.yaml", "--limit", 4, "--url", running.url)
+    compared = numprune("tasks", base, "--baseline", base, *asked, "--json").json
+    assert (found.runtime, found.tasks[NAME].accuracy) == ("vllm", {"acc": 1.0})
+    assert compared["runtimes"] == {"candidate": "vllm", "baseline": "torch"}
+    assert compared["tasks"][NAME]["acc"]["candidate"] == 1.0
+    served, ours = (read_rows(tmp_path / runtime, NAME) for runtime in ("vllm", "torch"))
+    for one, other in zip(served, ours, strict=True):
+        logprobs = [[answer[0] for answer in row["answers"]] for row in (one, other)]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
 
 
 def test_mismatched_weights_are_not_reloaded(running: Server, release: Deployment, tmp_path: Path) -> None:
