@@ -183,6 +183,9 @@ class BlockTimings(Section):
     def _estimated_for_a_device(self) -> Self:
         if self.runtime == ROOFLINE:
             self.peaks()
+            for name in ("visits", "seed"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f'{name}: it has no effect with runtime = "roofline"; leave it out')
         elif given := [name for name in ("device", "peak_tflops", "bandwidth_gb_s") if getattr(self, name)]:
             raise ValueError(f'{given[0]}: it has an effect only with runtime = "roofline"; leave it out')
         return self

@@ -78,11 +78,11 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--visits",
         type=at_least(3),
-        default=_VISITS,
         metavar="N",
         help=f"measurements of each model, spread over the run in random order (default: {_VISITS})",
     )
     add_seed(parser)
+    parser.set_defaults(seed=None)
 
 
 def _sizes(text: str) -> int:
@@ -121,12 +121,15 @@ def timings(args: argparse.Namespace) -> Answer:
     base = checkpoint.resolve(args.model)
     target = Target(align=args.align)
     if args.runtime is None:
+        for option, given in (("--visits", args.visits), ("--seed", args.seed)):
+            if given is not None:
+                raise InputError(f"{option} has an effect only with --runtime; leave it out")
         peaks = peaks_of(args.roofline or "", args.peak_tflops or 0.0, args.bandwidth or 0.0)
         table = estimate(base, scenarios, target, args.sizes, peaks)
     elif args.bandwidth is not None:
         raise InputError("--bandwidth has an effect only with --peak-tflops; leave it out")
     else:
-        asked = Request(args.runtime, scenarios, target, args.sizes, args.visits, args.seed)
+        asked = Request(args.runtime, scenarios, target, args.sizes, args.visits or _VISITS, args.seed or 0)
         table = measure(base, asked, args.out.absolute().parent)
     replace(args.out, table.to_json())
     seconds = time.perf_counter() - started

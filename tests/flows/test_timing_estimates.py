@@ -32,6 +32,9 @@ def test_an_estimate_chooses_sizes_and_says_everywhere_that_it_is_one(
     command = ("timings", base, "--peak-tflops", 1e-3, "--bandwidth", 1e-3, "--scenario", DECODE)
     answered = numprune(*command, "--align", 32, "--out", table)
     assert answered.code == 0, answered.err
+    refused = numprune(*command, "--visits", 3, "--out", tmp_path / "other.json")
+    assert refused.is_error
+    assert "--visits has an effect only with --runtime" in refused.err
     device = "a device of 0.001 TFLOP/s and 0.001 GB/s"
     assert f"estimated for {device} in float32, not measured" in answered.out
     found = read_timings(table)
@@ -57,6 +60,10 @@ def test_an_estimate_chooses_sizes_and_says_everywhere_that_it_is_one(
     [
         (["timings.runtime=roofline"], "needs a device, or both its peak"),
         (["timings.device=h200"], 'device: it has an effect only with runtime = "roofline"'),
+        (
+            ["timings.runtime=roofline", "timings.device=h200", "timings.seed=1"],
+            'seed: it has no effect with runtime = "roofline"',
+        ),
         (
             [
                 *("timings.runtime=roofline", "timings.device=h200"),
