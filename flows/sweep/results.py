@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from numprune.counted import counted
+from numprune.flows import runs
 from numprune.flows.names import Objective
 from numprune.flows.sweep.grid import Candidate, shown
 from numprune.serving import front
@@ -29,7 +30,8 @@ class Explored:
         outcome: its verdict, or "error"; "invalid environment", too, if blocks could not be timed.
         error: what stopped it.
         headline: the first sentence of its report.
-        run: its id; `report`: its report.json, and `page` its report.html. None after an error.
+        run: its id; None if an error stopped it before its first stage.
+        report, page: its report.json and report.html; None after an error.
     """
 
     outcome: Outcome | Literal["error"]
@@ -183,7 +185,7 @@ class Sweep:
                 label=", ".join(f"{key} = {shown(value)}" for key, value in one.settings.items()),
                 outcome=one.outcome,
                 note=one.why,
-                link=_link(one.explored.page, self.folder) if one.explored and one.explored.page else "",
+                link=self._link(one),
                 point=one.point,
                 on_front=one.on_front,
                 chosen=one.number == self.chosen,
@@ -211,6 +213,13 @@ class Sweep:
             for index, command in enumerate(self.published["next"]):
                 yield f"  {'' if index else 'next':<9} {command}"
 
+    def _link(self, one: Result) -> str:
+        """A link to a candidate's report or, without one, to the log of its run; the workspace may move as a whole."""
+        if one.explored is None or one.explored.run is None:
+            return ""
+        log = self.folder.parents[1] / runs.FOLDER / one.explored.run / runs.LOG
+        return Path(os.path.relpath(one.explored.page or log, self.folder)).as_posix()
+
     def _choice(self) -> str:
         if self.chosen is None:
             return f"none passes its gates ({self.outcome}), nothing was published"
@@ -228,8 +237,3 @@ def _cells(one: Result) -> list[str]:
         f"{words.times(speed.value)} ({words.span(speed.low, speed.high)})",
         words.times(size.value),
     ]
-
-
-def _link(target: str, folder: Path) -> str:
-    """A link to a file of the workspace, which may move as a whole."""
-    return Path(os.path.relpath(target, folder)).as_posix()

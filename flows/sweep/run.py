@@ -17,7 +17,7 @@ from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from numprune.errors import EnvironmentInvalid, InputError, NumpruneError
 from numprune.export import locks
@@ -124,16 +124,26 @@ def explore(run: Run, source: Path, make: MakeStage = Run.make, stopping: thread
 
     `stopping`: ends waiting for another sweep, with KeyboardInterrupt.
     """
+    records = set[Path]()
+
+    def make_here(run: Run, stage: Stage[R]) -> StageResult[R]:
+        if run.record is not None:
+            records.add(run.record)
+        return _undisturbed(make, stopping, run, stage)
+
+    def stopped(outcome: Literal["invalid environment", "error"], why: str) -> Explored:
+        return Explored(outcome, why, run=next((record.name for record in records), None))
+
     try:
-        found = execute.execute(_here(run), source, partial(_undisturbed, make, stopping), publish=None)
+        found = execute.execute(_here(run), source, make_here, publish=None)
     except EnvironmentInvalid as error:
-        return Explored("invalid environment", str(error))
+        return stopped("invalid environment", str(error))
     except NumpruneError as error:
-        return Explored("error", str(error))
+        return stopped("error", str(error))
     except Exception as error:
         logger.exception("a candidate failed")
-        last = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of a traceback from a stage's process
-        return Explored("error", last)
+        # The last line of a traceback from a stage's process.
+        return stopped("error", (str(error).strip() or type(error).__name__).splitlines()[-1])
     return Explored(found["outcome"], None, *(found[key] for key in ("headline", "run", "report", "page")))
 
 

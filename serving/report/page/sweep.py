@@ -19,7 +19,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate: `outcome` of its run, `note` about it, and a `link` to its report or ""."""
+    """A candidate: `outcome` of its run, `note` about it, and a `link` to its report, or to its log if it failed."""
 
     number: int
     label: str

@@ -128,6 +128,10 @@ def test_a_failed_candidate_is_a_row_and_a_refused_gate_a_result(
     assert second["outcome"] == "error"
     assert "data.samples" in second["error"]
     assert second["figures"] is None
+    page = Path(answered.json["page"])
+    log = os.path.relpath(workspace / "runs" / second["run"] / "log.jsonl", page.parent)
+    assert (page.parent / log).is_file()
+    assert f'href="{log}"' in page.read_text()
     assert first["on_front"] == (first["outcome"] == "pass")  # unless the machine was too busy to measure
     assert (answered.code, answered.json["version"]) == (1, None)
 
@@ -168,6 +172,7 @@ def test_a_machine_on_which_blocks_cannot_be_timed_is_no_error_of_the_candidate(
 
     found = sweeping.explore(prepare(load(tiny / "recipe.toml"), tmp_path / "w"), tiny / "recipe.toml", make)
     assert (found.outcome, found.error, found.report) == ("invalid environment", "timings: the machine is busy", None)
+    assert [found.run] == [one.run for one in runs.list_runs(tmp_path / "w")]
     assert choice.without_one(["error", found.outcome]) == "invalid environment"
 
 
