@@ -53,7 +53,7 @@ class PruningStep:
     """The parameters that are removed with some units of a block, or with members of each of its units.
 
     Attributes:
-        units: removed from one block.
+        units: removed from one block; in a model in stages from one of the first, and multiples of it from others.
         members: removed from each remaining unit.
         every_layer: share of the prunable parameters if every block of the kind loses this many.
         one_layer: share if a single block does, the one where they are largest.
@@ -75,7 +75,8 @@ def pruning_step(
     prunable = budget_of(anatomy).prunable_parameters
     shares = []
     for block in anatomy.of_kind(kind):
-        if block.units >= units and block.members > members and scores in (None, block.scores is not None):
-            left = Size(block.units - units, block.members - members)
+        gone = units * block.multiple
+        if block.units >= gone and block.members > members and scores in (None, block.scores is not None):
+            left = Size(block.units - gone, block.members - members)
             shares.append((block.parameters(block.size) - block.parameters(left)) / prunable)
     return PruningStep(units, members, sum(shares), max(shares, default=0.0))

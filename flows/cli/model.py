@@ -135,11 +135,12 @@ def inspect(args: argparse.Namespace) -> Answer:
         if name not in ("model", "granularity", "blocks", "plan")
     ]
     lines += [f"  {line}" for line in sizes_lines(anatomy)]
+    layers, others = (", first stage", ", multiples in the others") if anatomy.mergings else (" of every layer", "")
     for key, kind, smallest in (
         ("query-heads", "attention", "1 head of every group"),
         ("qk-dims", "attention", f"{align} qk dimensions"),
-        ("attention", "attention", "1 KV group of every layer"),
-        ("mlp", "mlp", f"{align} channels of every layer"),
+        ("attention", "attention", f"1 KV group{layers}"),
+        ("mlp", "mlp", f"{align} channels{layers}"),
         ("experts", "experts", "1 expert of every layer"),
         ("expert-channels", "experts", f"{align} channels of every expert"),
     ):
@@ -148,7 +149,7 @@ def inspect(args: argparse.Namespace) -> Answer:
             continue  # the model has none: without grouping, no query head can go without its KV head
         lines.append(
             f"  {f'{kind}: {smallest}':<36} {share.every_layer:.2%} of the prunable parameters, "
-            f"{share.one_layer:.3%} in one layer"
+            f"{share.one_layer:.3%} in one layer{others if share.units else ''}"
         )
     if plan:
         lines.append(

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
-from numprune.budget import budget_of
+from numprune.budget import budget_of, pruning_step
 from numprune.calibration import Walker
 from numprune.configs import pruned_config
 from numprune.errors import InputError
@@ -49,6 +49,14 @@ def test_stages_have_their_own_sizes(layers):
     parameters = [sum(block.parameters(block.size) for block in anatomy.of_layer(layer)) for layer in range(3)]
     parameters = [one - 25 * heads for one, heads in zip(parameters, (2, 2, 4), strict=True)]  # tables multiply nothing
     assert budget_of(anatomy).flops_per_token == 2 * (parameters[0] + parameters[1] + parameters[2] // 4)
+
+
+def test_the_smallest_step_is_that_of_the_first_stage_and_multiples_in_others() -> None:
+    anatomy = read_anatomy(config_of())
+    step, blocks = pruning_step(anatomy, "mlp", units=8), anatomy.of_kind("mlp")
+    assert [block.multiple for block in blocks] == [1, 1, 2]
+    removed = [8 * block.multiple * block.parameters_per_unit for block in blocks]
+    assert step.every_layer == pytest.approx(sum(removed) / budget_of(anatomy).prunable_parameters)
 
 
 @pytest.mark.parametrize(
