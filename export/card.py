@@ -81,6 +81,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("method", f"criterion {plan.criterion}, allocation {plan.allocation}, compensation {plan.compensation}"),
         ("removed", f"{removed:.1%} of the prunable parameters ({_asked(plan)})"),
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
+        *([("attention window", _window(plan))] if plan.window else []),
         *([("hidden size", _hidden_size(plan.hidden))] if plan.hidden else []),
         ("calibration", f"{calibration.rows:,} {row_name} of {calibration.sequence_length:,} tokens"),
         (TRAINING, "none"),
@@ -106,7 +107,13 @@ def _asked(plan: Plan) -> str:
     limits = [plan.time_budget.described] if plan.time_budget else []
     limits += [f"{plan.budget.limit:,} bytes of weights"] if plan.budget else []
     limits += [str(plan.kv_budget)] if plan.kv_budget else []
+    limits += [str(plan.sequence_budget)] if plan.sequence_budget else []
     return f"to meet a budget of {' and '.join(limits)}" if limits else f"{plan.ratio:.1%} asked for"
+
+
+def _window(plan: Plan) -> str:
+    layers = ", ".join(map(str, sorted(plan.windowed_layers())))
+    return f"{plan.window:,} tokens in layers {layers} of the base model"
 
 
 def _hidden_size(hidden: HiddenPlan) -> str:

@@ -21,7 +21,7 @@ from numprune.anatomy import family_of
 from numprune.errors import InputError
 from numprune.export import checkpoint, files, manifest, onnx
 from numprune.export.headers import QuantizedHeader
-from numprune.export.onnx_decoder import ACTIVATIONS, FAMILIES, head_dim_of, write_decoder, writes
+from numprune.export.onnx_decoder import ACTIVATIONS, FAMILIES, head_dim_of, turns_all, write_decoder, writes
 from numprune.export.onnx_fused import FusedOperators, output_matrix
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.precision import DTYPES, FLOAT32
@@ -42,7 +42,8 @@ def check_config(config: Any) -> None:
     if not writes(config):
         raise InputError(
             f"onnxruntime: supported are {', '.join(FAMILIES)} with hidden_act {', '.join(ACTIVATIONS)}, not "
-            f"{family_of(config).name} with {getattr(config, 'hidden_act', None)}; use onnx (--to onnx)"
+            f"{family_of(config).name} with {getattr(config, 'hidden_act', None)}"
+            f"{'' if turns_all(config) else ' and layers without rotary positions'}; use onnx (--to onnx)"
         )
     if (head_dim := head_dim_of(config)) % _HEAD_DIM:
         raise InputError(

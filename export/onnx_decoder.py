@@ -21,7 +21,7 @@ from numprune.anatomy import family_of
 from numprune.errors import InputError
 from numprune.export.onnx_graph import Graph
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 OPSETS = (20, 23)  # 23 has Attention, RMSNormalization and RotaryEmbedding; 24 is not handled well everywhere
 
@@ -79,7 +79,12 @@ Flavour = Callable[[Writer, Sequence[Layer], str, str], Operators]
 
 def writes(config: Any) -> bool:
     """Return whether `write_decoder` supports the network of a configuration."""
-    return family_of(config).name in FAMILIES and config.hidden_act in ACTIVATIONS
+    return family_of(config).name in FAMILIES and config.hidden_act in ACTIVATIONS and turns_all(config)
+
+
+def turns_all(config: Any) -> bool:
+    """Return whether all layers have rotary positions; some of a SmolLM3 may have none."""
+    return all(getattr(config, "no_rope_layers", ()))
 
 
 def head_dim_of(config: Any) -> int:

@@ -32,7 +32,7 @@ from typing import Any, Literal, overload
 
 from numprune import pruning, quality
 from numprune.byte_budget import MIXED, ByteBudget, parse
-from numprune.cache_budget import KvBudget, parse_kv
+from numprune.cache_budget import KvBudget, SequenceBudget, parse_kv, parse_sequence
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, genai, manifest
@@ -58,6 +58,7 @@ from numprune.shape import ShapeChoice, shapes_of
 from numprune.shaping import choose_shape
 from numprune.target import Target
 from numprune.tasks import Comparison, Quality
+from numprune.windowing import windowed
 
 __all__ = [
     "ByteBudget",
@@ -72,6 +73,7 @@ __all__ = [
     "RecoveryOptions",
     "RecoveryRows",
     "Scheme",
+    "SequenceBudget",
     "Target",
     "apply",
     "calibration_rows",
@@ -86,6 +88,7 @@ __all__ = [
     "recover",
     "recovery_rows",
     "save",
+    "sequence_budget",
     "shapes_of",
     "weight_budget",
 ]
@@ -138,6 +141,19 @@ def kv_budget(model: Model, limit: str) -> KvBudget:
     return steps.kv_budget(model.folder, parse_kv(limit))
 
 
+def sequence_budget(model: Model, limit: str) -> SequenceBudget:
+    """Return a budget for the KV cache of a sequence, for `PruneOptions.sequence_budget`, which windows keep.
+
+    Args:
+        model: to be pruned.
+        limit: bytes of keys and values of one sequence in all layers, and its tokens: "kv=8MiB@ctx=4096".
+
+    Raises:
+        InputError: `limit` is written in another way.
+    """
+    return steps.sequence_budget(model.folder, parse_sequence(limit))
+
+
 def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
     """Choose what to keep, without pruning.
 
@@ -148,9 +164,10 @@ def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
         InputError: the options are not valid for this model.
     """
     _refuse_quantized(model, "pruning")
-    layers = ModelLayers(model.network, model.task)
-    check_options(layers.anatomy, options)
+    dense = ModelLayers(model.network, model.task)
+    check_options(dense.anatomy, options)
     options, shape = _with_one_shape(model, rows, options)
+    layers = windowed(dense, rows.tokens, options)
     dropped = pruning.what_to_drop(layers, rows.tokens, options)
     narrowing = pruning.narrowing_of(layers, rows.tokens, options)
     made = pruning.plan_layers(layers, rows.tokens, options, dropped=dropped, narrowing=narrowing)

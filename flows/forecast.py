@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 from numprune.anatomy import read_anatomy
 from numprune.axes import HIDDEN_SIZE
 from numprune.blocks import Anatomy
-from numprune.budget import budget_of
+from numprune.budget import budget_of, kv_bytes
 from numprune.counted import counted
 from numprune.export import checkpoint, precision
 from numprune.export.tasks import load_task
@@ -25,10 +25,11 @@ from numprune.flows.steps.prepare import prepare
 from numprune.flows.steps.text import draw_rows, named, read_images, text_rows
 from numprune.images import draw_pictures
 from numprune.inputs import FROM_PRUNED_PREFIX
-from numprune.option_checks import known_results
+from numprune.option_checks import beside_windows, known_results
 from numprune.options import PruneOptions, left_of
 from numprune.quantization import bytes_saved
 from numprune.serving.report.words import COUNTED
+from numprune.spans import full_layers
 from numprune.tasks.image_classification import ImageClassification
 
 R = TypeVar("R")
@@ -80,6 +81,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "drop_layers": options.drop_layers,
         "shapes": len(options.shapes),
         "drop_blocks": recipe.prune.drop_blocks,
+        "windows": _windows(anatomy, options) if options.window else None,
         "hidden_size": [options.hidden_size, anatomy.hidden_size] if options.hidden_size else None,
         "hidden_size_is_chosen": narrows,
         "refine_minutes": recipe.prune.refine_minutes if recipe.prune.refine != "none" else None,
@@ -94,6 +96,20 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "memory": _memory(anatomy, run),
         "serving": _serving(recipe),
         "stages": _stages(run),
+    }
+
+
+def _windows(anatomy: Anatomy, options: PruneOptions) -> dict[str, int]:
+    """How many layers will see only a window, and the KV cache of a sequence, in the data type of the checkpoint."""
+    context = options.sequence_budget.context if options.sequence_budget else anatomy.context
+    after, _ = beside_windows(anatomy, options)
+    assert options.window is not None
+    return {
+        "tokens": options.window,
+        "layers": len(full_layers(anatomy)) - len(full_layers(after)),
+        "context": context,
+        "kv_bytes_before": kv_bytes(anatomy, context),
+        "kv_bytes_after": kv_bytes(after, context),
     }
 
 
@@ -302,6 +318,11 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{' and '.join(limits)}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)
+    if windows := found["windows"]:
+        yield (
+            f"window: {counted(windows['layers'], 'layer')} will see {windows['tokens']:,} tokens, KV cache at "
+            f"{windows['context']:,} tokens {windows['kv_bytes_before']:,} → {windows['kv_bytes_after']:,} bytes"
+        )
     if found["hidden_size"]:
         yield "hidden size: {1:,} -> {0:,}".format(*found["hidden_size"])
     if found["shapes"]:

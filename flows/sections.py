@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from numprune.budget_texts import Asked, parse_budgets
+from numprune.cache_budget import is_of_sequence
 from numprune.documents import WHOLE_FILE, Reading
 from numprune.flows.names import (
     ALL_ITEMS,
@@ -118,7 +119,9 @@ class Prune(Section):
     `budget`, in the place of `ratio`, which is 0 then: bytes that the released weights may take, as "6GiB", where
     `quantize.scheme` determines how blocks may be stored; the time of one step, as "20ms@decode,b=8,ctx=2048", by the
     latencies that `timings` describes; the bytes of KV cache of a token, as "kv=64KiB/token"; or a list of these. The
-    allocation "error" divides it. `refine` "search" starts from its sizes.
+    allocation "error" divides it. `refine` "search" starts from its sizes. The bytes of KV cache of a sequence, as
+    "kv=8MiB@ctx=4096", are kept by windows instead: `window` tokens, or 0, in as many layers as it needs, or in
+    `window_layers`.
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -132,6 +135,8 @@ class Prune(Section):
     budget: Budget = NO_BUDGET
     drop_layers: Candidates = 0
     drop_blocks: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    window: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    window_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
     hidden_size: Candidates = 0
     basis: Basis = "fisher"
     refine: Refine = "none"
@@ -146,7 +151,9 @@ class Prune(Section):
     def _by_budget(cls, data: Any) -> Any:
         if not isinstance(data, dict) or data.get("budget", NO_BUDGET) == NO_BUDGET:
             return data
-        return {"ratio": 0.0, "allocation": "error", **data}
+        limits = [data["budget"]] if isinstance(data["budget"], str) else data["budget"]
+        divided = not isinstance(limits, list) or not all(map(is_of_sequence, map(str, limits)))
+        return {"ratio": 0.0, **({"allocation": "error"} if divided else {}), **data}
 
     def shape_options(self) -> dict[str, Any]:
         """Hidden size and dropped layers as fields of PruneOptions."""

@@ -133,6 +133,8 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
     sizes, quality = found["sizes"], found["quality"]
     if found["dropped_layers"]:
         yield "dropped", f"layers {listed(found['dropped_layers'])}"
+    if found["window"]:
+        yield "window", f"{found['window']:,} tokens in layers {listed(found['windowed_layers'])}"
     if found["hidden_size"]:
         yield "narrowed", "hidden size {1:,} → {0:,}".format(*found["hidden_size"])
     if sizes:
@@ -250,7 +252,13 @@ def _amount(value: float) -> str:
 def _removed(report: Mapping[str, Any]) -> dict[str, Any]:
     """What was removed of the model as a whole."""
     pruning = report["pruning"] or {}
-    return {"dropped_layers": pruning.get("dropped_layers", []), "hidden_size": pruning.get("hidden_size")}
+    pruning = report["pruning"] or {}
+    return {
+        "dropped_layers": pruning.get("dropped_layers", []),
+        "hidden_size": pruning.get("hidden_size"),
+        "window": pruning.get("window"),
+        "windowed_layers": pruning.get("windowed_layers", []),
+    }
 
 
 def of_report(report: Report) -> Iterator[str]:

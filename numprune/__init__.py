@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         RecoveryOptions,
         RecoveryRows,
         Scheme,
+        SequenceBudget,
         Target,
         apply,
         calibration_rows,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         recover,
         recovery_rows,
         save,
+        sequence_budget,
         shapes_of,
         weight_budget,
     )
@@ -67,6 +69,7 @@ __all__ = [
     "RecoveryOptions",
     "RecoveryRows",
     "Scheme",
+    "SequenceBudget",
     "Target",
     "__version__",
     "apply",
@@ -82,6 +85,7 @@ __all__ = [
     "recover",
     "recovery_rows",
     "save",
+    "sequence_budget",
     "shapes_of",
     "weight_budget",
 ]

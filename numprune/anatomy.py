@@ -18,7 +18,7 @@ from numprune.errors import InputError
 from numprune.families import FAMILIES, Family
 from numprune.families.family import TaskName
 from numprune.fields import pair, require_sizes
-from numprune.layer_blocks import Layer, attention_differs, layer_blocks, layer_sizes
+from numprune.layer_blocks import Layer, attention_differs, layer_blocks, layer_sizes, sliding_window
 from numprune.renumber import numbering_field
 from numprune.stages import grid_of, path_of, places, read_stages, stock_sizes
 
@@ -194,7 +194,7 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
         around=around,
         output_parameters=output,
         bytes_per_value=dtypes.bytes_of(config.dtype),
-        sliding_window=getattr(config, "sliding_window", None) or None,
+        sliding_window=sliding_window(config),
         attention_differs=attention_differs(config),
         residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
         numbering_field=numbering_field(family, config),

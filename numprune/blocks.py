@@ -231,7 +231,7 @@ class Anatomy:
     around: Mapping[str, tuple[int, ...]]
     output_parameters: int  # of the output matrix, tied or not
     bytes_per_value: int  # of the dtype that the configuration names
-    sliding_window: int | None
+    sliding_window: int | None  # of some layers, or of all; None: no layer has one
     attention_differs: bool  # some layers have a sliding window, others full attention
     residual_scale: float  # by which a block's output is multiplied on its way into the residual stream
     numbering_field: str | None  # of the configuration, if layers compute with their index: none can be dropped
@@ -315,6 +315,10 @@ class Anatomy:
     @cached_property
     def _by_layer(self) -> tuple[tuple[Block, ...], ...]:
         return by_layer(self.blocks)
+
+    def window_of(self, block: Block) -> int | None:
+        """Return how many tokens a block of attention sees, itself included; None: the whole context."""
+        return self.sliding_window if block.sliding or not self.attention_differs else None
 
     def keeping(self, sizes: Mapping[str, Size]) -> "Anatomy":
         """Return the anatomy with each block at the size `sizes[block.name]`."""

@@ -43,6 +43,19 @@ def budget_of(anatomy: Anatomy) -> Budget:
     )
 
 
+def kv_bytes(anatomy: Anatomy, context: int, value: int | None = None) -> int:
+    """Return the bytes of keys and values of one sequence of `context` tokens; a layer with a window keeps only that.
+
+    `value`: bytes of an entry; None: those of the configuration's dtype.
+    """
+    entries = 0
+    for block in anatomy.of_kind("attention"):
+        window = anatomy.window_of(block)
+        kept = context if window is None else min(context, window)
+        entries += 2 * block.units * anatomy.head_dim * kept
+    return entries * (value or anatomy.bytes_per_value)
+
+
 def _used(block: Block) -> int:
     """Return the parameters that a token is multiplied by."""
     return block.parameters(block.size) - block.idle_parameters - block.table_parameters

@@ -107,7 +107,7 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
         if isinstance(read, Seen):
             return choose_experts(layer, block, size, read, _scoring(block, options, gradients))
         if size == block.size:
-            return Kept.whole(torch.arange(block.units, device=layers.device), block.members)
+            return whole(block, layers.device)
         weight = consumer_weight(layer, block).double()
         view = replace(_view(layer, block, weight, read, options, gradients), removed=block.units - size.units)
         return _choose(block, view, size, options.criterion, CRITERIA[options.criterion](view))
@@ -127,6 +127,16 @@ def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chose
         return plan.blocks[names[block.name]].to_kept().size
 
     return Chosen(as_planned, size, plan.splits, schemes, plan.refinement, plan.price)
+
+
+def whole(block: Block, device: torch.device) -> Kept:
+    """Return what is kept of a block that loses nothing."""
+    return Kept.whole(torch.arange(block.units, device=device), block.members)
+
+
+def everything(device: torch.device) -> Chosen:
+    """Return the choice that removes nothing."""
+    return Chosen(lambda _layer, block, _read: whole(block, device), lambda block: block.size)
 
 
 def nothing(block: Block) -> Kept:

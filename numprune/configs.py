@@ -41,8 +41,8 @@ _CLASSES: Mapping[TaskName, Mapping[str, Any]] = {
     "embedding": MODEL_MAPPING_NAMES,
     "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
-_NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
-_NOT_CARRIED |= {"stage_names", "out_features", "out_indices"}  # of backbones: made from the number of layers
+NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
+NOT_CARRIED |= {"stage_names", "out_features", "out_indices"}  # of backbones: made from the number of layers
 CLASS_PREFIX = "Numprune"
 
 
@@ -113,7 +113,7 @@ def _sized_config(
     config: PreTrainedConfig, anatomy: Anatomy, with_bias: bool, dropped: Collection[int]
 ) -> PreTrainedConfig:
     family = FAMILIES[anatomy.family]
-    fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
+    fields = {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED}
     if dropped:
         count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         fields |= {count: anatomy.layers, **renumber_fields(family, fields, dropped)}

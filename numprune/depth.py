@@ -12,6 +12,7 @@ for blocks, twice as many.
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from numprune.slices import GONE
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Piece = tuple[Block, ...]  # what is dropped at once: the blocks of a layer, or one of them
 
 _ROWS = 16  # calibration rows for the choice, spread evenly over all rows
@@ -227,7 +229,7 @@ def _greedy(
                 full, lacking = _leaving(walker, part, gone, candidates, bar)
                 if not dropped:
                     dense.append(full)
-                for name, total in _divergences(layers, part, dense[number], lacking).items():
+                for name, total in divergences(layers, part, dense[number], lacking).items():
                     divergence[name] += total
             totals = torch.tensor([*divergence.values()], dtype=torch.float64)
             layers.processes.add_up(totals)
@@ -295,13 +297,19 @@ def _leaving(
     return full, lacking
 
 
-def _divergences(layers: Layers, rows: Tensor, dense: Tensor, lacking: dict[str, Tensor]) -> dict[str, float]:
-    """Return the summed divergence of the predictions from the dense model's, by candidate."""
-    total = dict.fromkeys(lacking, 0.0)
+def divergences(layers: Layers, rows: Tensor, dense: Tensor, outputs: Mapping[T, Tensor]) -> dict[T, float]:
+    """Return the summed divergence of the predictions from the dense model's, by candidate.
+
+    Args:
+        rows: (n, S).
+        dense: (n, S, H), what leaves the dense model's last layer.
+        outputs: the same of each candidate.
+    """
+    total = dict.fromkeys(outputs, 0.0)
     with layers.head() as head:
         for row in (slice(index, index + 1) for index in range(len(rows))):  # a batch's logits could be the largest
             expected = head(rows[row], dense[row].to(layers.device))
-            for name, hidden in lacking.items():
+            for name, hidden in outputs.items():
                 output = head(rows[row], hidden[row].to(layers.device))
                 total[name] += float(layers.task.divergence(output, expected, rows[row].to(output.device)).sum())
     return total

@@ -63,6 +63,14 @@ def attention_differs(config: Any) -> bool:
     return len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
+def sliding_window(config: Any) -> int | None:
+    """Return the tokens that a layer with a sliding window sees; None: no layer has one."""
+    types = getattr(config, "layer_types", None)
+    if types and "sliding_attention" not in types:
+        return None
+    return getattr(config, "sliding_window", None) or None
+
+
 def layer_sizes(family: Family, layer: Layer) -> tuple[int, int, int, int]:
     """Return query heads, KV heads, channels of a head and the MLP's width. Raises InputError."""
     sizes, where = layer.sizes, f"layer {layer.number}: "

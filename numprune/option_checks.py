@@ -23,11 +23,13 @@ from numprune.options import (
     protected_layers,
     sizes_allowed,
     with_shape,
+    without_windows,
 )
 from numprune.quantization import check_quantizable
 from numprune.quantization.allocation import levels_of
 from numprune.refinement import MINUTES, REFINEMENTS
 from numprune.shape import PLAIN, Shape
+from numprune.spans import check_window, enough, least_windows
 from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
 from numprune.target import nearest
@@ -55,6 +57,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(f"damping is {options.damping}; it must be 0 or more")
     if options.batch_size < 1:
         raise InputError(f"batch_size is {options.batch_size}; it must be at least 1")
+    anatomy, options = beside_windows(anatomy, options)
     if options.skips or options.drop_blocks:
         _check_removing_blocks(anatomy, options, "skips" if options.skips else "drop_blocks")
     if options.compensation == "bias" and not can_hold_bias(anatomy.family):
@@ -95,6 +98,27 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         what, count = ("layers", len(dropped)) if dropped else ("blocks", len(blocks))
         must = "" if left.budgets else f" the other {what} must lose {left.ratio:.4f} of theirs"
         raise InputError(f"with drop_{what} {count}{must}: {error}") from None
+
+
+def beside_windows(anatomy: Anatomy, options: PruneOptions) -> tuple[Anatomy, PruneOptions]:
+    """Return the anatomy with as few windows as the options ask for, and the options for the rest of the pruning.
+
+    Raises InputError for windows that the model cannot have, or not beside other options.
+    """
+    window, count, budget = options.window, options.window_layers, options.sequence_budget
+    if window is None and not count and budget is None:
+        return anatomy, options
+    check_window(anatomy, window, count, budget)
+    assert window is not None
+    for given, what, remedy in (
+        (options.time_budget, "blocks with a window were not timed", "use another budget"),
+        (options.shapes, "candidates of hidden_size and drop_layers are compared without windows", "give one of each"),
+        (options.hidden_size, "hidden_size is chosen on the model without windows", "leave hidden_size out"),
+        (options.refine != "none", "the search measures plans without windows", "set refine to none"),
+    ):
+        if given:
+            raise InputError(f"window is {window}: {what}; {remedy}, or prune twice")
+    return least_windows(anatomy, window, enough(anatomy, window, count, budget)), without_windows(options)
 
 
 def _check_scores(anatomy: Anatomy, options: PruneOptions) -> None:
@@ -321,6 +345,7 @@ def known_results(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         InputError: like `check_options`.
     """
     check_options(anatomy, options, planned=planned)
+    anatomy, options = beside_windows(anatomy, options)
     if (
         options.shapes
         or options.allocation != "uniform"

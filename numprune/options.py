@@ -12,7 +12,7 @@ from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.budgeted import Budget
 from numprune.byte_budget import ByteBudget
-from numprune.cache_budget import KvBudget
+from numprune.cache_budget import KvBudget, SequenceBudget
 from numprune.depth import ratio_left, without_blocks
 from numprune.hidden import Basis, narrowed, ratio_beside
 from numprune.inputs import FROM_PRUNED_PREFIX
@@ -44,6 +44,9 @@ class PruneOptions:
             and how it will be stored.
         time_budget: longest step of the result, likewise; also together with `budget`.
         kv_budget: largest KV cache of the result, likewise. Without any budget, the ratio determines the sizes.
+        sequence_budget: largest KV cache of one sequence, which windows keep; also beside a ratio or other budgets.
+        window: tokens that some layers will see; they are chosen first. None: all see as many as before.
+        window_layers: number of these layers; 0: as many as `sequence_budget` needs.
         drop_layers: number of whole layers to remove; units make up the rest of the ratio.
         drop_blocks: number of attention blocks and MLPs to remove, likewise; instead of `drop_layers`.
         hidden_size: of the result; units make up the rest of the ratio. None: it stays, or masks choose it.
@@ -71,6 +74,9 @@ class PruneOptions:
     budget: ByteBudget | None = None
     time_budget: TimeBudget | None = None
     kv_budget: KvBudget | None = None
+    sequence_budget: SequenceBudget | None = None
+    window: int | None = None
+    window_layers: int = 0
     drop_layers: int = 0
     drop_blocks: int = 0
     hidden_size: int | None = None
@@ -112,6 +118,9 @@ def options_of(plan: Plan) -> PruneOptions:
         budget=plan.budget,
         time_budget=plan.time_budget,
         kv_budget=plan.kv_budget,
+        sequence_budget=plan.sequence_budget,
+        window=plan.window,
+        window_layers=plan.window_layers,
         drop_layers=plan.drop_layers,
         drop_blocks=plan.drop_blocks,
         hidden_size=len(plan.hidden.kept) if plan.hidden else None,
@@ -119,6 +128,11 @@ def options_of(plan: Plan) -> PruneOptions:
         damping=plan.damping,
         seed=plan.seed,
     )
+
+
+def without_windows(options: PruneOptions) -> PruneOptions:
+    """Return the options for the rest of the pruning of a model with windows."""
+    return replace(options, sequence_budget=None, window=None, window_layers=0)
 
 
 def with_shape(options: PruneOptions, shape: Shape) -> PruneOptions:

@@ -10,6 +10,7 @@ from numprune.options import options_of
 from numprune.plans import Plan
 from numprune.quantization.allocation import Form, levels_of, model_bytes
 from numprune.slices import Size
+from numprune.spans import full_layers, with_windows
 from numprune.target import allowed_sizes
 
 _SHOWN = 12  # problems shown
@@ -25,6 +26,7 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     problems = [*_other_model(anatomy, plan)]
     if not problems:
         check_options(anatomy, options_of(plan), planned=True)
+        anatomy = anatomy if plan.window is None else with_windows(anatomy, plan.window, plan.windowed_layers())
         problems = [*_sizes(anatomy, plan), *_schemes(plan)] or [
             *_bytes(anatomy, plan),
             *_time(anatomy, plan),
@@ -58,9 +60,24 @@ def _other_model(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
         yield f"{name} is dropped, and the model has no such block"
     if plan.hidden and plan.hidden.size != anatomy.hidden_size:
         yield f"it is for hidden size {plan.hidden.size}, the model has {anatomy.hidden_size}"
+    yield from _other_windows(anatomy, plan)
     for layer in dropped:
         if layer >= anatomy.layers:
             yield f"layer {layer} is dropped, and the model has {anatomy.layers}"
+
+
+def _other_windows(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+    found, full = plan.windowed_layers(), full_layers(anatomy)
+    if plan.window is None:
+        if found:
+            yield f"layers {', '.join(map(str, found))} get a window, and window is missing"
+        return
+    if not found or len(set(found)) != len(found):
+        yield "windowed must be layers that get a window, each of them once"
+    if plan.window_layers and len(set(found)) != plan.window_layers:
+        yield f"window_layers is {plan.window_layers}, and {len(set(found))} layers get a window"
+    for layer in sorted({*found} - {*full}):
+        yield f"layer {layer} gets a window, and the model has no such layer that sees the whole context"
 
 
 def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
@@ -123,6 +140,10 @@ def _time(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
 
 
 def _cache(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+    if plan.sequence_budget is not None:
+        at = plan.sequence_budget.cost(anatomy)
+        if at > plan.sequence_budget.limit:
+            yield f"its windows leave {at:,}, and its budget is {plan.sequence_budget}; give more layers a window"
     if (cache := plan.kv_budget) is None:
         return
     found = sum(cache.cost(anatomy, block, block.size) for block in anatomy.keeping(plan.sizes()).blocks)

@@ -9,12 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget, SchemeName
-from numprune.cache_budget import KvBudget
+from numprune.cache_budget import KvBudget, SequenceBudget
 from numprune.errors import InputError
 from numprune.hidden import Basis, narrowed
 from numprune.refinement import Refinement
 from numprune.shape import ShapeChoice
 from numprune.slices import Kept, Size
+from numprune.spans import with_windows
 from numprune.target import Target
 from numprune.time_budget import TimeBudget
 
@@ -232,6 +233,21 @@ class DroppedBlock(BaseModel):
     divergence: Annotated[float, Field(allow_inf_nan=False)]
 
 
+class WindowedLayer(BaseModel):
+    """A layer that gets a window.
+
+    Attributes:
+        layer: its index in the model before pruning.
+        divergence: of the predictions from the dense model's with windows in this layer and those chosen before it, on
+            a few calibration rows, in the unit of the task's loss.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: Index
+    divergence: Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Plan(BaseModel):
     """What is kept of each block of a model, relative to the model before pruning.
 
@@ -239,8 +255,13 @@ class Plan(BaseModel):
         version: version 1 has no `splits`; version 2 has no members, axes, protection, dropped layers or `base`.
         budget: that chose sizes and schemes; None: the plan has no schemes.
         time_budget, kv_budget: that chose sizes, together with `budget` if it is given; None: they limit nothing.
+        sequence_budget: that chose how many layers get a window.
         price: of what the budgets chose; None without a budget, or if a search or masks chose something else.
         base: digest of the checkpoint for which the plan was made; None: unknown, or removed to apply it to another.
+        window: tokens that some layers see in the result; None: they see as many as before.
+        window_layers: how many were asked for; 0: as many as `sequence_budget` needs.
+        windowed: these layers, in the order in which they were chosen; the other layers see as many as before.
+        window_prices: layer -> divergence with a window in this layer alone, for all that had none.
         dropped: the removed layers, in the order in which they were chosen; their blocks keep no unit. The other layers
             are renumbered in the result, but not here.
         dropped_blocks: the removed blocks, in the order in which they were chosen.
@@ -269,14 +290,19 @@ class Plan(BaseModel):
     budget: ByteBudget | None = Field(default=None, exclude_if=_is_none)
     time_budget: TimeBudget | None = Field(default=None, exclude_if=_is_none)
     kv_budget: KvBudget | None = Field(default=None, exclude_if=_is_none)
+    sequence_budget: SequenceBudget | None = Field(default=None, exclude_if=_is_none)
     price: Price | None = Field(default=None, exclude_if=_is_none)
     drop_layers: Index = 0
     drop_blocks: Index = Field(default=0, exclude_if=_is_zero)
+    window: Annotated[int, Field(ge=1)] | None = Field(default=None, exclude_if=_is_none)
+    window_layers: Index = Field(default=0, exclude_if=_is_zero)
     damping: float
     seed: int
     calibration: Calibration
     dropped: list[DroppedLayer] = []
     dropped_blocks: list[DroppedBlock] = Field(default=[], exclude_if=_is_empty)
+    windowed: list[WindowedLayer] = Field(default=[], exclude_if=_is_empty)
+    window_prices: dict[Index, float] = Field(default={}, exclude_if=_is_empty)
     hidden: HiddenPlan | None = Field(default=None, exclude_if=_is_none)
     shape: ShapeChoice | None = Field(default=None, exclude_if=_is_none)
     splits: list[PricedSplit] | None = None
@@ -305,6 +331,10 @@ class Plan(BaseModel):
         """Return the indices of the dropped layers, in the order in which they were chosen."""
         return [drop.layer for drop in self.dropped]
 
+    def windowed_layers(self) -> list[int]:
+        """Return the indices of the layers that get a window, in the order in which they were chosen."""
+        return [one.layer for one in self.windowed]
+
     @property
     def all_dropped(self) -> list["DroppedLayer | DroppedBlock"]:
         return [*self.dropped, *self.dropped_blocks]
@@ -321,7 +351,8 @@ class Plan(BaseModel):
 
     def result(self, anatomy: Anatomy) -> Anatomy:
         """Return the anatomy after pruning."""
-        left = anatomy.keeping(self.sizes()).without(self.dropped_layers())
+        spanning = anatomy if self.window is None else with_windows(anatomy, self.window, self.windowed_layers())
+        left = spanning.keeping(self.sizes()).without(self.dropped_layers())
         return narrowed(left, len(self.hidden.kept), self.hidden.basis) if self.hidden else left
 
     def sizes(self) -> dict[str, Size]:
@@ -334,6 +365,7 @@ class Plan(BaseModel):
         found = [f"budget {self.budget.limit:,} bytes"] if self.budget else []
         found += [f"budget {self.time_budget.described}"] if self.time_budget else []
         found += [f"budget {self.kv_budget}"] if self.kv_budget else []
+        found += [f"budget {self.sequence_budget}"] if self.sequence_budget else []
         return found or [f"ratio {self.ratio:g}"]
 
     def schemes(self) -> dict[str, SchemeName]:

@@ -17,6 +17,7 @@ Consumers are fitted to the kept coordinates. The tensors are cut at the end.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,18 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import Budget, budget_of
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
-from numprune.choosing import Chosen, Known, blocks_of, chooser, dense_inputs, dense_reading, nothing, planned
+from numprune.choosing import (
+    Chosen,
+    Known,
+    blocks_of,
+    chooser,
+    dense_inputs,
+    dense_reading,
+    everything,
+    nothing,
+    planned,
+    whole,
+)
 from numprune.configs import pruned_config
 from numprune.corpus import rows_digest
 from numprune.depth import Shallower, Sparser, choose, choose_blocks
@@ -38,7 +50,7 @@ from numprune.inputs import FROM_PRUNED_PREFIX, Inputs, PrecomputedInputs, Propa
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
 from numprune.option_checks import check_options
-from numprune.options import REFITTING, PruneOptions, around_left, left_of, protected_layers
+from numprune.options import REFITTING, PruneOptions, around_left, left_of, protected_layers, without_windows
 from numprune.plans import BlockPlan, Calibration, DroppedBlock, DroppedLayer, HiddenPlan, Plan, PricedSplit
 from numprune.processes import ALONE, Processes, check_shareable
 from numprune.progress import progress
@@ -48,6 +60,7 @@ from numprune.search.refine import check_searchable
 from numprune.slices import Kept
 from numprune.surgery import assemble, cut_layer
 from numprune.tasks import CAUSAL, Task
+from numprune.windowing import Windowed, windowed
 
 Sink = Callable[[Mapping[str, Tensor]], object]  # takes the remaining tensors of a finished layer, by full name
 
@@ -87,15 +100,16 @@ def prune(
     Raises:
         InputError: unsupported architecture, invalid options, or rows that do not fit the model.
     """
-    layers = CopiedLayers(model, task, processes)
-    check_options(layers.anatomy, options, planned=plan is not None)
+    dense = CopiedLayers(model, task, processes)
+    check_options(dense.anatomy, options, planned=plan is not None)
     check_shareable(options, len(rows), processes, planned=plan is not None)
+    layers = windowed(dense, rows, options, plan)
     dropped = what_to_drop(layers, rows, options) if plan is None else plan.all_dropped
     narrowing = narrowing_of(layers, rows, options, plan)
     cut: dict[str, Tensor] = {}
     made = prune_layers(layers, rows, options, cut.update, known, dropped, plan, narrowing)
     pruned = assemble(model, config_after(layers, made), cut, narrowing)
-    return Pruned(pruned, made, budget_of(layers.anatomy), budget_of(read_anatomy(pruned.config)))
+    return Pruned(pruned, made, budget_of(dense.anatomy), budget_of(read_anatomy(pruned.config)))
 
 
 def what_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> Sequence[DroppedLayer | DroppedBlock]:
@@ -149,11 +163,11 @@ def prune_layers(
     after a dropped one have lower indices.
 
     Args:
-        layers: of a supported model, computing in float32.
+        layers: of a supported model, computing in float32; as returned by `windowed` for these options.
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
         sink: takes the tensors by full name.
-        known: as for `prune`; ignored if something is dropped.
+        known: as for `prune`; ignored if something is dropped, or layers get windows.
         dropped: as returned by `what_to_drop` for these options, or that of `plan`.
         plan: what to keep; nothing is scored then. It must have passed `check_plan`, and `options` must be its
             `options_of`.
@@ -165,6 +179,12 @@ def prune_layers(
     """
     rest = _rest(layers, rows, options, known, dropped, narrowing, planned=plan is not None)
     anatomy, options = rest.layers.anatomy, rest.options
+    if rest.removes_nothing(plan):
+        kept = {block.name: whole(block, layers.device) for block in anatomy.blocks}
+        for index in progress(range(anatomy.layers), "copy", "layer"):
+            with rest.layers.layer(index) as layer:
+                sink(cut_layer(layer, anatomy.of_layer(index), kept, {}))
+        return rest.describe(rows, kept, {}, everything(layers.device))
     if options.compensation in REFITTING:
         warn_of_few(rows, anatomy)
     walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
@@ -176,13 +196,13 @@ def prune_layers(
         if rest.known is None or rest.known.moments is None or options.compensation in FROM_PRUNED_PREFIX
         else PrecomputedInputs(rest.known.moments)
     )
-    whole = Walker(rest.whole, rows.shape[1:], options.batch_size)
-    kept: dict[str, Kept] = {}  # by block name
+    dense = Walker(rest.whole, rows.shape[1:], options.batch_size)
+    kept = {}
     dampings: dict[str, float | None] = {}  # block name -> of its least squares
     index = 0  # in what is left of the model
     for number in progress(range(layers.anatomy.layers), "prune", "layer"):
         if number in rest.gone:
-            inputs.drop(whole, number)
+            inputs.drop(dense, number)
             continue
         blocks = anatomy.of_layer(index)
         biases: dict[str, Tensor] = {}
@@ -191,8 +211,8 @@ def prune_layers(
                 if not block.units:
                     kept[block.name] = nothing(block)
                     if block.name in rest.lost:
-                        (dense,) = (one for one in rest.whole.anatomy.of_layer(number) if one.name == block.name)
-                        inputs.drop(whole, number, dense)
+                        (lost,) = (one for one in rest.whole.anatomy.of_layer(number) if one.name == block.name)
+                        inputs.drop(dense, number, lost)
                     continue
                 if coordinates is not None:
                     inputs.refit_readers(layer, block, coordinates, options.damping)
@@ -244,6 +264,9 @@ def plan_layers(
     The arguments are those of `prune_layers`.
     """
     rest = _rest(layers, rows, options, known, dropped, narrowing)
+    if rest.removes_nothing():
+        kept = {block.name: whole(block, layers.device) for block in rest.layers.anatomy.blocks}
+        return rest.describe(rows, kept, {}, everything(layers.device))
     walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
     chosen = chooser(walker, rows, rest.options, rest.known)
     inputs = dense_inputs(walker, rows, rest.known)
@@ -265,6 +288,7 @@ class _Rest:
         known: data already collected from `layers`.
         dropped: the missing layers or blocks.
         narrowing: of the residual stream; None: it stays.
+        spanning: `whole` if layers get windows; None: they do not.
     """
 
     whole: Layers
@@ -274,6 +298,7 @@ class _Rest:
     known: Known | None
     dropped: Sequence[DroppedLayer | DroppedBlock]
     narrowing: Narrowing | None
+    spanning: Windowed | None
 
     @property
     def gone(self) -> list[int]:
@@ -282,6 +307,14 @@ class _Rest:
     @property
     def lost(self) -> list[str]:
         return [drop.block for drop in self.dropped if isinstance(drop, DroppedBlock)]
+
+    def removes_nothing(self, plan: Plan | None = None) -> bool:
+        """Return whether the model only gets windows; `plan`: that is followed, if any."""
+        if self.spanning is None or self.dropped or self.narrowing is not None:
+            return False
+        if plan is not None:
+            return plan.sizes() == {block.name: block.size for block in self.layers.anatomy.blocks}
+        return not self.options.ratio and not self.options.budgets
 
     def names(self) -> dict[str, str]:
         """Return block name here -> block name in the whole model."""
@@ -310,7 +343,11 @@ class _Rest:
             which: Basis = "coordinates" if self.narrowing.rotation is None else "fisher"
             hidden = HiddenPlan(size=self.whole.anatomy.hidden_size, kept=self.narrowing.kept.tolist(), basis=which)
         plan = describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped, hidden)
-        return plan.model_copy(update={"refinement": chosen.refinement, "price": chosen.price})
+        made: dict[str, Any] = {"refinement": chosen.refinement, "price": chosen.price}
+        if self.spanning is not None:
+            spans, dense = self.spanning.spans, self.spanning.dense.anatomy
+            made |= {"family": dense.family, "windowed": list(spans.layers), "window_prices": spans.prices}
+        return plan.model_copy(update=made)
 
 
 def _rest(
@@ -330,12 +367,16 @@ def _rest(
         raise ValueError(f"{len(dropped)} layers or blocks are dropped, and the options say another number")
     if (len(narrowing.kept) if narrowing else None) != options.hidden_size:
         raise ValueError(f"the options say hidden_size {options.hidden_size}, and the narrowing is another")
+    spanning = layers if isinstance(layers, Windowed) else None
+    if (spanning.spans.window if spanning else None) != options.window:
+        raise ValueError(f"the options say window {options.window}, and the layers have another")
+    asked, options = options, without_windows(options)
+    known = None if spanning else known
     check_options(layers.anatomy, options, planned=planned)
     check_rows(layers.anatomy, rows)
     check_shareable(options, len(rows), layers.processes, planned=planned)
     if options.refine != "none":
         check_searchable(len(rows), resident=layers.resident)
-    asked = options
     if narrowing is not None and narrowing.rotation is not None:
         rotated = RotatedLayers(layers, narrowing.rotation)
         options = around_left(options, layers.anatomy, rotated.anatomy)
@@ -343,8 +384,8 @@ def _rest(
     if known and (layers.anatomy.of_kind("experts") or "qk-dims" in options.axes):
         known = replace(known, moments=None)  # what is refitted beside consumers needs a pass of its own
     if not dropped:
-        return _Rest(layers, layers, asked, options, known, (), narrowing)
-    rest = _Rest(layers, layers, asked, options, None, dropped, narrowing)
+        return _Rest(layers, layers, asked, options, known, (), narrowing, spanning)
+    rest = _Rest(layers, layers, asked, options, None, dropped, narrowing, spanning)
     _, left = left_of(layers.anatomy, replace(options, hidden_size=None), rest.gone, rest.lost)
     left = replace(left, hidden_size=options.hidden_size)
     without = Sparser(layers, rest.lost) if rest.lost else Shallower(layers, rest.gone)
@@ -375,6 +416,9 @@ def describe(
         budget=options.budget,
         time_budget=options.time_budget,
         kv_budget=options.kv_budget,
+        sequence_budget=options.sequence_budget,
+        window=options.window,
+        window_layers=options.window_layers,
         drop_layers=options.drop_layers,
         drop_blocks=options.drop_blocks,
         damping=options.damping,

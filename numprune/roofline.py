@@ -170,9 +170,8 @@ class _Roofline:
         return window - window * (window - 1) / (2 * self.length)
 
     def _seen(self, block: Block, positions: int) -> int:
-        window = self.anatomy.sliding_window
-        slides = window is not None and (block.sliding or not self.anatomy.attention_differs)
-        return min(positions, window) if slides and window is not None else positions
+        window = self.anatomy.window_of(block)
+        return positions if window is None else min(positions, window)
 
     def around(self) -> float:
         """Return the milliseconds of embeddings and head."""

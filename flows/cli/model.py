@@ -20,7 +20,7 @@ from numprune.flows.cli.parser import (
     command,
     reading,
 )
-from numprune.flows.cli.planned import dropped_lines, sizes_lines
+from numprune.flows.cli.planned import dropped_lines, sizes_lines, window_lines
 
 if TYPE_CHECKING:
     from numprune.families.family import TaskName
@@ -74,7 +74,7 @@ def add(commands: Subcommands) -> None:
 def inspect(args: argparse.Namespace) -> Answer:
     with uncollected():
         from numprune.anatomy import read_anatomy
-        from numprune.budget import budget_of, pruning_step
+        from numprune.budget import budget_of, kv_bytes, pruning_step
         from numprune.dtypes import name_of
         from numprune.export import compressed_tensors
         from numprune.export.audit import read_audited
@@ -89,6 +89,8 @@ def inspect(args: argparse.Namespace) -> Answer:
     anatomy = read_anatomy(config)
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
     align = Target().align
+    attention = anatomy.of_kind("attention") if anatomy.task == names.CAUSAL_LM else ()
+    slides = [block.layer for block in attention if anatomy.window_of(block) is not None]
     granularity = {
         "query-heads": pruning_step(anatomy, "attention", members=1, scores=False),
         "qk-dims": pruning_step(anatomy, "attention", members=align, scores=True),
@@ -109,6 +111,11 @@ def inspect(args: argparse.Namespace) -> Answer:
         **({"image": list(anatomy.image)} if anatomy.image else {"vocabulary": anatomy.vocabulary}),
         "context": anatomy.context,
         "sliding_window": anatomy.sliding_window,
+        **(
+            {"windowed_layers": slides, "kv_bytes_of_a_full_context": kv_bytes(anatomy, anatomy.context)}
+            if slides
+            else {}
+        ),
         "quantization": str(quantized) if quantized else None,
         "dtype": name_of(config.dtype),
         "uniform": anatomy.is_uniform,
@@ -156,6 +163,7 @@ def inspect(args: argparse.Namespace) -> Answer:
             f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, {', '.join(plan.limits)}"
         )
         lines += [f"  {line}" for line in dropped_lines(plan, LOSS_UNITS[anatomy.task])]
+        lines += [f"  {line}" for line in window_lines(plan, LOSS_UNITS[anatomy.task])]
         if plan.shape:
             lines += [f"  {line}" for line in plan.shape.lines()]
         if plan.price:

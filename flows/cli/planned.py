@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from numprune.flows.amounts import size
 from numprune.flows.cli.parser import Answer
 
 if TYPE_CHECKING:
@@ -37,19 +38,22 @@ def latency_lines(found: "LatencyBudget") -> list[str]:
 def planned_answer(base: Path, plan: "Plan", out: Path | None, started: float, processes: "Processes") -> Answer:
     """The result of `--plan-only`; writes `out`."""
     from numprune.anatomy import read_anatomy
-    from numprune.budget import budget_of
+    from numprune.budget import budget_of, kv_bytes
     from numprune.export import checkpoint
     from numprune.export.tasks import load_task
     from numprune.hidden import narrowed
+    from numprune.spans import with_windows
 
     before = read_anatomy(checkpoint.read_config(base))
-    after = before.keeping(plan.sizes())
+    spanning = before if plan.window is None else with_windows(before, plan.window, plan.windowed_layers())
+    after = spanning.keeping(plan.sizes())
     if plan.hidden:
         after = narrowed(after, len(plan.hidden.kept), plan.hidden.basis)
     budgets = [dataclasses.asdict(budget_of(anatomy)) for anatomy in (before, after)]
     removed = 1 - budgets[1]["prunable_parameters"] / budgets[0]["prunable_parameters"]
     if out is not None and processes.is_main:
         plan.write(out)
+    unit = load_task(base).unit
     data = {
         "out": str(out) if out else None,
         "before": budgets[0],
@@ -57,6 +61,9 @@ def planned_answer(base: Path, plan: "Plan", out: Path | None, started: float, p
         "prunable_ratio_removed": removed,
         "dropped_layers": [drop.model_dump() for drop in plan.dropped],
         "dropped_blocks": [drop.model_dump() for drop in plan.dropped_blocks],
+        "window": plan.window,
+        "windowed": [one.model_dump() for one in plan.windowed],
+        "window_prices": plan.window_prices,
         "hidden_size": [after.hidden_size, before.hidden_size] if plan.hidden else None,
         "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
         "schemes": plan.schemes(),
@@ -74,10 +81,14 @@ def planned_answer(base: Path, plan: "Plan", out: Path | None, started: float, p
     if limit := plan.time_budget:
         ms = [limit.predicted(anatomy).ms for anatomy in (before, plan.result(before))]
         lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit.described})")
+    if plan.window is not None:
+        context = plan.sequence_budget.context if plan.sequence_budget else before.context
+        cache = [size(kv_bytes(anatomy, context)) for anatomy in (before, after)]
+        lines.append(f"  {f'KV cache at {context:,} tokens':<36} {cache[0]} -> {cache[1]}")
     if plan.hidden:
         basis, kept = plan.hidden.basis, after.hidden_size
         lines.append(f"  {'hidden size':<36} {before.hidden_size:,} -> {kept:,} (basis {basis})")
-    lines += [f"  {line}" for line in (*dropped_lines(plan, load_task(base).unit), *sizes_lines(after))]
+    lines += [f"  {line}" for line in (*dropped_lines(plan, unit), *window_lines(plan, unit), *sizes_lines(after))]
     lines += [f"  {line}" for line in schemes_lines(plan)]
     lines += [f"  {line}" for line in plan.shape.lines()] if plan.shape else []
     lines += [f"  {'sizes priced at':<36} {plan.price}"] if plan.price else []
@@ -93,6 +104,22 @@ def dropped_lines(plan: "Plan", unit: str) -> list[str]:
         f"{f'dropped: {what}':<36} {divergence:.4f} {unit} from the dense model, before anything was refitted"
         for what, divergence in dropped
     ]
+
+
+def window_lines(plan: "Plan", unit: str) -> list[str]:
+    """Return the price of a window in each layer, and the layers that get one; none without a window."""
+    if plan.window is None:
+        return []
+    label = f"window of {plan.window:,} tokens"
+    alone = [
+        f"{f'{label}: layer {layer}':<36} {price:.4f} {unit} from the dense model, in this layer alone"
+        for layer, price in plan.window_prices.items()
+    ]
+    chosen = [
+        f"{f'chosen: a window in layer {one.layer}':<36} {one.divergence:.4f} {unit} from the dense model"
+        for one in plan.windowed
+    ]
+    return [*alone, *chosen]
 
 
 def schemes_lines(plan: "Plan") -> list[str]:

@@ -35,6 +35,8 @@ _DEFAULTS: dict[str, Any] = {
     "skips": False,
     "drop_layers": [],
     "drop_blocks": 0,
+    "window": None,
+    "window_layers": 0,
     "refine": "none",
     "refine_minutes": MINUTES,
     "hidden_size": [],
@@ -67,7 +69,7 @@ def add(commands: Subcommands) -> None:
         type=float,
         metavar="R",
         help="share of the prunable parameters to remove, from 0 to under 1 (default: the plan's, or none with "
-        "--hidden-size)",
+        "--hidden-size or --window)",
     )
     parser.add_argument(
         "--budget",
@@ -75,8 +77,8 @@ def add(commands: Subcommands) -> None:
         action="append",
         help="bytes of all weights after quantization to --scheme, like 6GiB; with --timings the time of one step, "
         "like 20ms@decode,b=8,ctx=2048, or a throughput, like 1500tok/s@decode,b=8,ctx=2048; or bytes of KV cache, "
-        "like kv=64KiB/token; may be repeated, for each of these; replaces --ratio, and is divided by allocation error "
-        "(default: none)",
+        "like kv=64KiB/token; may be repeated, for each of these; replaces --ratio, and is divided by allocation "
+        "error; bytes of KV cache of a sequence, like kv=8MiB@ctx=4096, are met by --window (default: none)",
     )
     parser.add_argument(
         "--timings",
@@ -134,6 +136,14 @@ def add(commands: Subcommands) -> None:
     _add_number(
         parser, "drop_blocks", 0, "attention blocks and MLPs to drop, likewise, with --allocation error or global"
     )
+    parser.add_argument(
+        "--window",
+        type=at_least(1),
+        metavar="TOKENS",
+        help="tokens that some layers see, those in which this costs least: --window-layers of them, or as many as a "
+        "--budget like kv=8MiB@ctx=4096 needs; rows of the text must be longer (default: as many as before)",
+    )
+    _add_number(parser, "window_layers", 1, "with --window: layers that get the window")
     parser.add_argument(
         "--refine",
         choices=get_args(names.Refine),
@@ -239,6 +249,7 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.options import LEARNED
     from numprune.planned import check_plan
     from numprune.processes import check_shareable, join
+    from numprune.spans import check_reach
 
     started = time.perf_counter()
     _check_arguments(args)
@@ -255,6 +266,8 @@ def prune(args: argparse.Namespace) -> Answer:
     samples = args.samples or (plan.calibration.rows if plan and as_before else 0) or _SAMPLES
     length = args.sequence_length or (plan.calibration.sequence_length if plan and not anatomy.image else None)
     length = row_length(length, anatomy)
+    if plan is None:
+        check_reach(options.window, length)
     tokenizer, how = checkpoint.text_tokenizer(base), reading(args, args.text)
     rows, draw = calibration_rows(args.text, tokenizer, samples, length, options.seed, how, task=load_task(base))
     processes = join(device_of("auto"))
@@ -284,6 +297,8 @@ def prune(args: argparse.Namespace) -> Answer:
         "prunable_ratio_removed": made.prunable_ratio_removed,
         "dropped_layers": [drop.model_dump() for drop in made.dropped_layers],
         "dropped_blocks": [drop.model_dump() for drop in made.dropped_blocks],
+        "window": made.window,
+        "windowed_layers": made.windowed_layers,
         "hidden_size": made.hidden_size,
         "price": made.price.model_dump() if made.price else None,
         "shape": made.shape.model_dump() if made.shape else None,
@@ -299,11 +314,13 @@ def prune(args: argparse.Namespace) -> Answer:
     if made.dropped_layers:
         dropped.append("layers " + ", ".join(str(drop.layer) for drop in made.dropped_layers))
     without = f", without {', '.join(dropped)}" if dropped else ""
+    layers = ", ".join(map(str, sorted(made.windowed_layers)))
+    spanning = f", a window of {made.window:,} tokens in layers {layers}" if made.window else ""
     narrowed = ", hidden size {1:,} -> {0:,}".format(*made.hidden_size) if made.hidden_size else ""
     text = (
         f"{args.out}: {made.before.parameters:,} -> {made.after.parameters:,} parameters, "
         f"{made.prunable_ratio_removed:.1%} of the prunable ones removed"
-        f"{without}{narrowed}; weights "
+        f"{without}{spanning}{narrowed}; weights "
         f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
         f"peak {size(peak)}"
     )
@@ -327,10 +344,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
     if args.out is None and not args.plan_only:
         raise InputError("the following arguments are required: OUT (see numprune prune --help)")
-    if all(given is None for given in (args.plan, args.ratio, args.budget, args.hidden_size)):
+    if all(given is None for given in (args.plan, args.ratio, args.budget, args.hidden_size, args.window)):
         raise InputError(
-            "the following arguments are required: --ratio, --budget, --hidden-size or --plan (see numprune prune "
-            "--help)"
+            "the following arguments are required: --ratio, --budget, --hidden-size, --window or --plan (see "
+            "numprune prune --help)"
         )
     if args.basis is not None and args.hidden_size is None:
         raise InputError(f"--basis {args.basis} has an effect only with --hidden-size; leave it out")
@@ -363,7 +380,7 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
     `given`: also --budget, --scheme and --timings. Raises InputError.
     """
     from numprune.budget_texts import parse_budgets
-    from numprune.flows.steps.prune import byte_budget, kv_budget
+    from numprune.flows.steps.prune import byte_budget, kv_budget, sequence_budget
     from numprune.flows.steps.timed_prune import time_budget
     from numprune.timings import read_timings
 
@@ -380,7 +397,8 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
         raise InputError("--scheme is counted in a --budget of bytes; leave it out, and give it to numprune quantize")
     if not budgets:
         return options_of_arguments(rest)
-    chosen, scheme = options_of_arguments({"ratio": 0.0, "allocation": "error", **rest}), scheme or "none"
+    divided = {} if asked.sizes_by_ratio else {"allocation": "error"}
+    chosen, scheme = options_of_arguments({"ratio": 0.0, **divided, **rest}), scheme or "none"
     timed = None
     if asked.time is not None and table is not None:
         timed = time_budget(base, asked.time, read_timings(table), chosen.target, scheme)
@@ -389,6 +407,7 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
         budget=None if asked.bytes is None else byte_budget(base, asked.bytes, scheme),
         time_budget=timed,
         kv_budget=None if asked.kv is None else kv_budget(base, asked.kv),
+        sequence_budget=None if asked.sequence is None else sequence_budget(base, asked.sequence),
     )
 
 

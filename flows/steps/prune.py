@@ -16,7 +16,7 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.byte_budget import LEVELS, ByteBudget, ValueBytes
-from numprune.cache_budget import KvBudget
+from numprune.cache_budget import KvBudget, SequenceBudget
 from numprune.corpus import rows_digest
 from numprune.dtypes import name_of
 from numprune.errors import InputError, IntegrityError
@@ -54,6 +54,7 @@ from numprune.shaping import check_comparable, choose_shape
 from numprune.surgery import skeleton
 from numprune.target import Target
 from numprune.tensors import tensor_table
+from numprune.windowing import windowed
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,10 @@ def options_of(asked: Prune, target: Target, base: Path, scheme: str) -> PruneOp
     allowed = asked.allowed
     budget = None if allowed.bytes is None else byte_budget(base, allowed.bytes, scheme)
     fields = asked.model_dump(exclude={"stream", "budget", "hidden_size", "drop_layers"}) | asked.shape_options()
+    fields["window"] = asked.window or None
     cache = None if allowed.kv is None else kv_budget(base, allowed.kv)
-    return PruneOptions(**fields, target=target, budget=budget, kv_budget=cache)
+    sequence = None if allowed.sequence is None else sequence_budget(base, allowed.sequence)
+    return PruneOptions(**fields, target=target, budget=budget, kv_budget=cache, sequence_budget=sequence)
 
 
 def planned(path: Path, asked: Prune) -> tuple[Plan, PruneOptions]:
@@ -109,6 +112,12 @@ def byte_budget(base: Path, limit: int, scheme: str) -> ByteBudget:
 def kv_budget(base: Path, limit: int) -> KvBudget:
     """Return a budget of `limit` bytes of KV cache per token, in the data type of the checkpoint. Raises InputError."""
     return KvBudget(limit, read_anatomy(read_config(base)).bytes_per_value)
+
+
+def sequence_budget(base: Path, asked: tuple[int, int]) -> SequenceBudget:
+    """Return a budget of bytes of KV cache at a context, in the data type of the checkpoint. Raises InputError."""
+    limit, context = asked
+    return SequenceBudget(limit, context, read_anatomy(read_config(base)).bytes_per_value)
 
 
 def prune_checkpoint(
@@ -170,6 +179,8 @@ def prune_checkpoint(
         plan=hashlib.sha256((out / PLAN_FILE).read_bytes()).hexdigest(),
         dropped_layers=list(made.dropped),
         dropped_blocks=list(made.dropped_blocks),
+        window=made.window,
+        windowed_layers=made.windowed_layers(),
         schemes=dict(made.schemes()),
         kept_units=_kept_units(made),
         hidden_size=[len(made.hidden.kept), made.hidden.size] if made.hidden else None,
@@ -241,6 +252,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
                 "blocks": True,
                 "dropped": True,
                 "dropped_blocks": True,
+                "windowed": True,
+                "window_prices": True,
                 "hidden": {"kept"},
                 "splits": True,
                 "refinement": True,
@@ -300,8 +313,9 @@ def _prune_streamed(
     processes: Processes,
 ) -> Plan:
     """Prune layer by layer, likewise; `scratch`: a folder with space for hidden states."""
-    layers = CheckpointLayers(base, scratch=scratch, device=device, processes=processes)
-    check_vocabulary(base, text_tokenizer(base), layers.config)
+    stored = CheckpointLayers(base, scratch=scratch, device=device, processes=processes)
+    check_vocabulary(base, text_tokenizer(base), stored.config)
+    layers = windowed(stored, rows, options, plan)
     dropped = pruning.what_to_drop(layers, rows, options) if plan is None else plan.all_dropped
     gone = [drop.layer for drop in dropped if isinstance(drop, DroppedLayer)]
     narrowing = pruning.narrowing_of(layers, rows, options, plan)
@@ -309,18 +323,18 @@ def _prune_streamed(
         return pruning.prune_layers(
             layers, rows, options, lambda _: None, dropped=dropped, plan=plan, narrowing=narrowing
         )
-    dtypes = dtypes_of(layers.stored, tensor_table(layers.config).tied)
+    dtypes = dtypes_of(stored.stored, tensor_table(stored.config).tied)
     with writing(folder, renumber_tensors(dtypes, layers.anatomy.layers_path, gone)) as writer:
         made = pruning.prune_layers(
             layers,
             rows,
             options,
-            lambda tensors: layers.write(tensors, writer),
+            lambda tensors: stored.write(tensors, writer),
             dropped=dropped,
             plan=plan,
             narrowing=narrowing,
         )
-        layers.copy_around(writer, narrowing)  # last, because the output matrix is refitted last
+        stored.copy_around(writer, narrowing)  # last, because the output matrix is refitted last
     save_around_weights(skeleton(pruning.config_after(layers, made)), base, folder)
     return made
 
@@ -353,6 +367,7 @@ def plan_checkpoint(
         check_vocabulary(base, text_tokenizer(base), layers.config)
     else:
         layers = ModelLayers(load_model(base).to(device), load_task(base), processes)
+    layers = windowed(layers, rows, options)
     dropped = pruning.what_to_drop(layers, rows, options)
     narrowing = pruning.narrowing_of(layers, rows, options)
     plan = pruning.plan_layers(layers, rows, options, dropped=dropped, narrowing=narrowing)

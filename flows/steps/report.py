@@ -10,6 +10,7 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
+from numprune.flows.amounts import size
 from numprune.flows.sections import Learn, Prune, Recover
 from numprune.flows.steps.results import (
     GeneratedText,
@@ -21,7 +22,6 @@ from numprune.flows.steps.results import (
     TimedCheckpoint,
     Timings,
 )
-from numprune.flows.values import NO_BUDGET
 from numprune.serving import benchmark, gates
 from numprune.serving.benchmark import vllm as benchmark_vllm
 from numprune.serving.junit import junit
@@ -80,7 +80,7 @@ def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoin
     return {
         "criterion": learned.method if learned else asked.criterion,
         **asked.model_dump(include={"allocation", "compensation"}),
-        "ratio_asked": asked.ratio if asked.budget == NO_BUDGET else None,
+        "ratio_asked": asked.ratio if asked.allowed.sizes_by_ratio else None,
         "ratio_counts": learned.constraint if learned and learned.constraint in ("flops", "kv-bytes") else "parameters",
         "budget_asked": asked.allowed.bytes,
         "kv_budget_asked": asked.allowed.kv,
@@ -93,10 +93,17 @@ def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoin
         },
         "kept_units": pruned.kept_units,
         "dropped_layers": [drop.layer for drop in pruned.dropped_layers],
+        "window": pruned.window,
+        "windowed_layers": pruned.windowed_layers,
+        "sequence_budget_asked": None if asked.allowed.sequence is None else _of_sequence(*asked.allowed.sequence),
         "hidden_size": pruned.hidden_size,
         "shape": pruned.shape.lines() if pruned.shape else [],
         "refinement": None if found is None else {**found.model_dump(), "summary": str(found)},
     }
+
+
+def _of_sequence(limit: int, context: int) -> str:
+    return f"at most {size(limit)} of KV cache at {context:,} tokens"
 
 
 def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:

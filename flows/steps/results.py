@@ -67,6 +67,7 @@ class PrunedCheckpoint:
         digest: of the checkpoint's manifest; `plan`: of the plan's file.
         schemes: that the plan quantizes blocks to, by their names.
         kept_units: [kept, of] by block name.
+        window, windowed_layers: the tokens that these layers see, or None: as many as before.
         hidden_size: [kept, of], or None: all are kept.
         refinement: of the plan's sizes, or None.
         price: of what budgets chose, or None.
@@ -82,6 +83,8 @@ class PrunedCheckpoint:
     plan: str
     dropped_layers: list[DroppedLayer]
     dropped_blocks: list[DroppedBlock]
+    window: int | None
+    windowed_layers: list[int]
     schemes: dict[str, str]
     kept_units: dict[str, list[int]]
     hidden_size: list[int] | None

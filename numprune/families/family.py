@@ -191,6 +191,23 @@ class StandIn:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How a configuration gives single layers a sliding window, with `layer_types` and `sliding_window`.
+
+    Attributes:
+        family: another family with the same computation that has these fields; None: the family itself.
+        fields: that must also be set.
+        entries: fields with a value for each layer, which all have this one.
+        dropped: fields that the other family does not have.
+    """
+
+    family: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Vllm:
     """How vLLM runs the family.
 
@@ -261,6 +278,7 @@ class Family:
         stock_heads: the head counts that the stock configuration accepts: `any`, `divisors` of the hidden size, or only
             `all` that fill the hidden size.
         stand_in: the family for other head counts, or None.
+        windows: how single layers get a sliding window; None: they cannot, or vLLM ignores which of them have one.
         requires: field, or "field.key" -> the values to which this description applies.
         equal: field -> another that must have the same value.
         attention_implementation: of transformers.
@@ -308,6 +326,7 @@ class Family:
     scales_embeddings: bool = False
     stock_heads: Literal["any", "divisors", "all"] = "any"
     stand_in: StandIn | None = None
+    windows: Windows | None = None
     requires: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     equal: Mapping[str, str] = field(default_factory=dict)
     attention_implementation: str = "sdpa"

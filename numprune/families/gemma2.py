@@ -1,4 +1,4 @@
-from numprune.families.family import Family, Vllm, attention, gated_mlp
+from numprune.families.family import Family, Vllm, Windows, attention, gated_mlp
 
 # A norm before each block and another after it.
 ATTENTION = attention(
@@ -17,5 +17,6 @@ GEMMA2 = Family(
     stock_heads="divisors",
     requires={"use_bidirectional_attention": (None, False)},
     attention_implementation="eager",  # SDPA ignores the soft-capping of attention scores
+    windows=Windows(),
     vllm=Vllm(per_layer=True),
 )

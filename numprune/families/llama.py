@@ -1,4 +1,4 @@
-from numprune.families.family import Family, StandIn, Vllm, attention, gated_mlp
+from numprune.families.family import Family, StandIn, Vllm, Windows, attention, gated_mlp
 
 LLAMA = Family(
     name="llama",
@@ -11,6 +11,13 @@ LLAMA = Family(
         unless=("attention_bias", "mlp_bias"),
         dropped=("pretraining_tp",),
         fields={"sliding_window": None},
+    ),
+    # SmolLM3 is the same network, if all layers have rotary positions.
+    windows=Windows(
+        "smollm3",
+        fields={"use_sliding_window": True},
+        entries={"no_rope_layers": 1},
+        dropped=("pretraining_tp",),
     ),
     vllm=Vllm(per_layer=True),
 )

@@ -8,6 +8,7 @@ LLAMAGEN = replace(
     name="llamagen",
     stock_heads="any",  # in numprune's own configuration, see numprune/llamagen
     stand_in=None,
+    windows=None,
     class_tokens="num_classes",
     requires={"tie_word_embeddings": (False,), "rope_parameters.rope_type": ("default",)},
     vllm=Vllm(native=False, backend=False),

@@ -1,3 +1,9 @@
-from numprune.families.family import Family, Vllm, attention, gated_mlp
+from numprune.families.family import Family, Vllm, Windows, attention, gated_mlp
 
-MISTRAL = Family(name="mistral", attention=attention(), mlp=gated_mlp(), vllm=Vllm(per_layer=True))
+MISTRAL = Family(
+    name="mistral",
+    attention=attention(),
+    mlp=gated_mlp(),
+    windows=Windows("smollm3", fields={"use_sliding_window": True}, entries={"no_rope_layers": 1}),
+    vllm=Vllm(per_layer=True),
+)

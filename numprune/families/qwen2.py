@@ -1,10 +1,11 @@
-from numprune.families.family import Family, Vllm, attention, gated_mlp
+from numprune.families.family import Family, Vllm, Windows, attention, gated_mlp
 
 QWEN2 = Family(
     name="qwen2",
     attention=attention(bias=True),
     mlp=gated_mlp(),
     per_layer={"max_window_layers": "first"},
+    windows=Windows(fields={"use_sliding_window": True}),
     vllm=Vllm(
         takes_head_dim=False,
         native_unless=("use_sliding_window",),

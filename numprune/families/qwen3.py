@@ -1,4 +1,4 @@
-from numprune.families.family import Family, Vllm, attention, gated_mlp
+from numprune.families.family import Family, Vllm, Windows, attention, gated_mlp
 
 QWEN3 = Family(
     name="qwen3",
@@ -9,5 +9,6 @@ QWEN3 = Family(
     ),
     mlp=gated_mlp(),
     per_layer={"max_window_layers": "first"},
+    windows=Windows(fields={"use_sliding_window": True}),
     vllm=Vllm(native_unless=("attention_bias", "use_sliding_window"), per_layer=True),
 )

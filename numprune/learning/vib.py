@@ -131,6 +131,8 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         )
     if options.drop_layers or options.shapes:
         raise InputError("drop_layers: masks learn units, not layers; drop layers with numprune prune")
+    if options.window is not None or options.window_layers or options.sequence_budget is not None:
+        raise InputError("window: masks learn units, not attention spans; give windows with numprune prune")
     if options.drop_blocks:
         raise InputError("drop_blocks: masks remove blocks with skips; use that instead")
     if options.hidden_size is not None:

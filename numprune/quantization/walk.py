@@ -62,10 +62,12 @@ def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int], hidd
                 f"{hidden.size}: it was not pruned from that one"
             )
         target = target.narrowed(len(hidden.kept))
-    stand_in = FAMILIES[target.family].stand_in  # the family under which the pruned model may be stored
+    family = FAMILIES[target.family]
+    # The families under which the pruned model may be stored.
+    others = {family.stand_in and family.stand_in.name, family.windows and family.windows.family}
     for name in ("family", "hidden_size", "head_dim", "vocabulary"):
         ours, theirs = getattr(anatomy, name), getattr(target, name)
-        if ours != theirs and not (name == "family" and stand_in and ours == stand_in.name):
+        if ours != theirs and not (name == "family" and ours in others):
             raise InputError(
                 f"the dense model has {name} {theirs}, the model to quantize {ours}: it was not pruned from that one"
             )

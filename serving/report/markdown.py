@@ -134,6 +134,8 @@ def _quantization(found: Quantization) -> list[str]:
 def _kept(pruning: Pruning) -> Iterable[str]:
     if pruning.dropped_layers:
         yield f"- Layers dropped: {listed(pruning.dropped_layers)}"
+    if window := words.window(pruning):
+        yield f"- Attention window: {cell(window)}"
     if pruning.hidden_size:
         yield "- Hidden size: {1:,} → {0:,}".format(*pruning.hidden_size)
     for line in pruning.shape:

@@ -4,6 +4,7 @@ import math
 import re
 
 from numprune.serving.report import names
+from numprune.serving.report.kept import listed
 from numprune.serving.report.models import LatencyBudget, Pruning, ReportedEstimate
 
 ABSENT = "–"  # noqa: RUF001
@@ -160,6 +161,14 @@ def budgets(found: Pruning) -> str:
     limits += [] if found.budget_asked is None else [f"weights of at most {size(found.budget_asked)}"]
     limits += [] if found.kv_budget_asked is None else [f"at most {size(found.kv_budget_asked)} of KV cache per token"]
     return "; ".join(limits)
+
+
+def window(found: Pruning) -> str:
+    """The layers that see only a window; empty if there are none."""
+    if found.window is None:
+        return ""
+    asked = f", for {printable(found.sequence_budget_asked)}" if found.sequence_budget_asked else ""
+    return f"{found.window:,} tokens in layers {listed(found.windowed_layers)}{asked}"
 
 
 def latency(found: LatencyBudget) -> str:

@@ -42,6 +42,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "max_window_layers": 1,
     },
+    "smollm3 with a window in some layers": {
+        "family": "smollm3",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "no_rope_layers": [1, 1],
+    },
     "qwen3": {"family": "qwen3"},
     "multi-head attention": {"num_key_value_heads": 4},
     "one KV head": {"num_key_value_heads": 1},

@@ -105,6 +105,15 @@ def test_genai_generates_the_same_as_torch_with_per_layer_sizes(
     assert parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)["logit_error_max"] < 1e-4
 
 
+def test_genai_generates_the_same_as_torch_with_windows_in_some_layers(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base = tiny_checkpoint(**NETWORKS["smollm3 with a window in some layers"])
+    genai.export(base, tmp_path / "out")
+    prompts = [text(base, length) for length in (24, 9)]
+    assert generated(tmp_path / "out", prompts, 16) == [greedy(base, prompt, 16) for prompt in prompts]
+
+
 def test_genai_tokenizes_like_the_checkpoint(tmp_path: Path) -> None:
     genai_runtime = pytest.importorskip("onnxruntime_genai")
     genai.export(EMBEDDED, tmp_path / "out")
@@ -310,6 +319,7 @@ def test_quantized_weights_that_it_cannot_compute_with_are_refused(tiny_checkpoi
     ("network", "message"),
     [
         ({"family": "gpt2"}, r"not gpt2 with .*; use onnx \(--to onnx\)"),
+        ({"family": "smollm3", "no_rope_layers": [0]}, "not smollm3 with silu and layers without rotary positions"),
         ({"hidden_act": "tanh"}, r"not llama with tanh; use onnx \(--to onnx\)"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
     ],

@@ -160,7 +160,7 @@ def test_a_plan_that_quantizes_no_block_is_followed(
         (("--budget", "1MB"), "as it is: nothing has to go"),
         (("--budget", "1KB"), "the budget is 1,000 bytes, but embeddings"),
         (("--ratio", 0.3, "--scheme", "mixed"), "--scheme is counted in a --budget"),
-        ((), "required: --ratio, --budget, --hidden-size or --plan"),
+        ((), "required: --ratio, --budget, --hidden-size, --window or --plan"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(

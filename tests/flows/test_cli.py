@@ -122,7 +122,10 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str], option: s
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["prune", "m", "o", "--text", "t"], "arguments are required: --ratio, --budget, --hidden-size or --plan"),
+        (
+            ["prune", "m", "o", "--text", "t"],
+            "arguments are required: --ratio, --budget, --hidden-size, --window or --plan",
+        ),
         (["prune", "m", "--ratio", "0.3", "--text", "t"], "the following arguments are required: OUT"),
         (["prune", "m", "o", "--text", "t", "--ratio", "much"], "invalid float value: 'much'"),
         (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--allocation", "best"], "invalid choice: 'best'"),

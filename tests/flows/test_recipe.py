@@ -169,8 +169,8 @@ def test_every_problem_is_reported_with_field_value_and_allowed_values(minimal: 
         "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'dimap', "
         "'wanda', 'magnitude', 'random' or 'frequency'; did you mean 'numerical'?",
         "prune.rato: unknown; the valid ones are ratio, criterion, allocation, compensation, axes, keep, floors, "
-        "skips, budget, drop_layers, drop_blocks, hidden_size, basis, refine, refine_minutes, damping, seed, "
-        "batch_size, stream; did you mean 'ratio'?",
+        "skips, budget, drop_layers, drop_blocks, window, window_layers, hidden_size, basis, refine, refine_minutes, "
+        "damping, seed, batch_size, stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
         'data.split = \'(\': must be "file", "blank-line" or a regular expression (missing ), unterminated subpattern',
         "data.pack = 'maybe': must be \"auto\", true or false",

@@ -101,11 +101,13 @@ def test_dropped_layers_are_named_and_not_counted_as_kept() -> None:
     data = full()
     kept = {f"layers.{layer}.attention": [0 if layer == 1 else 3, 4] for layer in range(4)}
     data["pruning"] |= {"kept_units": kept, "dropped_layers": [1], "hidden_size": [224, 256], "refinement": REFINED}
+    data["pruning"] |= {"window": 1024, "windowed_layers": [3, 0], "sequence_budget_asked": "at most 8 MiB of KV cache"}
     text = Parsed(html(judged(data))).text
     assert "KV groups: 3 of 4 in every layer." in text
     assert "dropped, of 4" in text
     assert re.search(r"Layers dropped\s+1", text)
     assert re.search(r"Hidden size\s+256 → 224", text)
+    assert re.search(r"Attention window\s+1,024 tokens in layers 0, 3, for at most 8 MiB of KV cache", text)
     assert re.search(rf"Sizes refined by\s+{re.escape(REFINED_BY)}", text)
 
 

@@ -307,6 +307,12 @@ def test_the_markdown_names_the_new_hidden_size(report_json: Any) -> None:
     assert "- Hidden size: 2,048 → 1,792" in reports.markdown(Report.model_validate(report_json)).splitlines()
 
 
+def test_the_markdown_names_the_layers_with_a_window(report_json: Any) -> None:
+    report_json["pruning"] |= {"window": 1024, "windowed_layers": [5, 3]}
+    lines = reports.markdown(Report.model_validate(report_json)).splitlines()
+    assert "- Attention window: 1,024 tokens in layers 3, 5" in lines
+
+
 def test_the_markdown_says_how_sizes_were_refined(report_json: Any) -> None:
     report_json["pruning"] |= {"refinement": REFINED}
     lines = reports.markdown(Report.model_validate(report_json)).splitlines()

@@ -20,6 +20,7 @@ from numprune.options import PruneOptions
 from numprune.scenario import parse_time
 from numprune.search.refine import check_searchable
 from numprune.shaping import check_comparable
+from numprune.spans import check_reach
 
 
 def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
@@ -41,6 +42,7 @@ def check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     options = pruning_options(recipe, base)
     if recipe.learn.method == "none":
         check_options(anatomy, options)
+        check_reach(options.window, recipe.data.sequence_length)
         if recipe.prune.refine != "none":
             check_searchable(recipe.data.samples, resident=not recipe.prune.stream)
         if options.shapes:

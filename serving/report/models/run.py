@@ -214,6 +214,9 @@ class Pruning(Model):
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
     attention: Attention | None = None
     dropped_layers: list[Count] = Field(default=[])  # by index in the baseline; their blocks keep nothing
+    window: Count | None = None  # tokens that `windowed_layers` see, by index in the baseline
+    windowed_layers: list[Count] = Field(default=[])
+    sequence_budget_asked: str | None = None  # bytes of KV cache of a sequence, which the windows keep
     hidden_size: tuple[Count, Count] | None = None  # (kept, of), if coordinates were removed
     shape: list[str] = Field(default=[])  # candidates of hidden size and layers, the chosen one first
     refinement: Refinement | None = None  # of the sizes

@@ -47,6 +47,7 @@ def _blocks(found: Pruning) -> list[Block]:
             ),
             *([("KV cache removed", words.share(removed.kv_bytes))] if removed.kv_bytes is not None else []),
             *([("Layers dropped", listed(dropped))] if dropped else []),
+            *([("Attention window", window)] if (window := words.window(found)) else []),
             *([("Hidden size", "{1:,} → {0:,}".format(*found.hidden_size))] if found.hidden_size else []),
             *([("Shape", "; ".join(found.shape))] if found.shape else []),
             *([("Sizes priced at", found.price.summary)] if found.price else []),
