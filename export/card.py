@@ -14,6 +14,7 @@ from huggingface_hub.repocard import metadata_load
 
 from numprune.anatomy import PER_LAYER_PREFIX, code_vocabulary, read_anatomy, task_name
 from numprune.budget import budget_of
+from numprune.counted import numbered_layers
 from numprune.dtypes import name_of
 from numprune.errors import InputError
 from numprune.export import vllm
@@ -112,8 +113,7 @@ def _asked(plan: Plan) -> str:
 
 
 def _window(plan: Plan) -> str:
-    layers = ", ".join(map(str, sorted(plan.windowed_layers())))
-    return f"{plan.window:,} tokens in layers {layers} of the base model"
+    return f"{plan.window:,} tokens in {numbered_layers(plan.windowed_layers())} of the base model"
 
 
 def _hidden_size(hidden: HiddenPlan) -> str:

@@ -10,7 +10,7 @@ from numprune.flows.amounts import size
 from numprune.flows.stages import StageResult
 from numprune.serving import gates
 from numprune.serving import report as reports
-from numprune.serving.report import GateResult, Quality, Report, RuntimeSpeed, names, ratios
+from numprune.serving.report import GateResult, Pruning, Quality, Report, RuntimeSpeed, names, ratios, words
 from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import listed
 
@@ -134,7 +134,7 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
     if found["dropped_layers"]:
         yield "dropped", f"layers {listed(found['dropped_layers'])}"
     if found["window"]:
-        yield "window", f"{found['window']:,} tokens in layers {listed(found['windowed_layers'])}"
+        yield "window", found["window"]
     if found["hidden_size"]:
         yield "narrowed", "hidden size {1:,} → {0:,}".format(*found["hidden_size"])
     if sizes:
@@ -256,8 +256,7 @@ def _removed(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "dropped_layers": pruning.get("dropped_layers", []),
         "hidden_size": pruning.get("hidden_size"),
-        "window": pruning.get("window"),
-        "windowed_layers": pruning.get("windowed_layers", []),
+        "window": words.window(Pruning.model_validate(pruning)) if pruning else "",
     }
 
 

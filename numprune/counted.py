@@ -1,6 +1,7 @@
 """Numbers with their noun."""
 
 import re
+from collections.abc import Collection
 
 _OF = re.compile(r" (?:of|per) ")
 
@@ -14,3 +15,8 @@ def counted(amount: int, what: str) -> str:
     """
     end = match.start() if (match := _OF.search(what)) else len(what)
     return f"{amount:,} {what[:end]}{'' if amount == 1 else 's'}{what[end:]}"
+
+
+def numbered_layers(layers: Collection[int]) -> str:
+    """`layer 3`, `layers 3, 5`: in ascending order."""
+    return f"layer{'' if len(layers) == 1 else 's'} {', '.join(map(str, sorted(layers)))}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from numprune.counted import numbered_layers
 from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.amounts import size
@@ -314,8 +315,7 @@ def prune(args: argparse.Namespace) -> Answer:
     if made.dropped_layers:
         dropped.append("layers " + ", ".join(str(drop.layer) for drop in made.dropped_layers))
     without = f", without {', '.join(dropped)}" if dropped else ""
-    layers = ", ".join(map(str, sorted(made.windowed_layers)))
-    spanning = f", a window of {made.window:,} tokens in layers {layers}" if made.window else ""
+    spanning = f", a window of {made.window:,} tokens in {numbered_layers(made.windowed_layers)}" if made.window else ""
     narrowed = ", hidden size {1:,} -> {0:,}".format(*made.hidden_size) if made.hidden_size else ""
     text = (
         f"{args.out}: {made.before.parameters:,} -> {made.after.parameters:,} parameters, "

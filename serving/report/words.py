@@ -168,7 +168,8 @@ def window(found: Pruning) -> str:
     if found.window is None:
         return ""
     asked = f", for {printable(found.sequence_budget_asked)}" if found.sequence_budget_asked else ""
-    return f"{found.window:,} tokens in layers {listed(found.windowed_layers)}{asked}"
+    layers = "layer" if len(found.windowed_layers) == 1 else "layers"
+    return f"{found.window:,} tokens in {layers} {listed(found.windowed_layers)}{asked}"
 
 
 def latency(found: LatencyBudget) -> str:

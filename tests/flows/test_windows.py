@@ -13,7 +13,10 @@ from numprune.errors import InputError
 from numprune.export import checkpoint, vllm
 from numprune.flows import forecast, recipe
 from numprune.flows.steps.export import export_and_prove
+from numprune.flows.steps.prune import options_of, prune_checkpoint
+from numprune.flows.steps.report import pruning_section
 from numprune.plans import PLAN_FILE, read_plan
+from numprune.serving.report import Pruning, words
 from numprune.spans import full_layers
 from tests.flows.conftest import Answered
 
@@ -50,7 +53,7 @@ def test_the_layer_with_the_lowest_price_gets_the_window(numprune: Command, tiny
 
     inspected = numprune("inspect", tmp_path / "made", "--json").json
     assert (inspected["windowed_layers"], inspected["sliding_window"]) == ([layer], 8)
-    assert f"8 tokens in layers {layer} of the base model" in (tmp_path / "made" / "README.md").read_text()
+    assert f"8 tokens in layer {layer} of the base model" in (tmp_path / "made" / "README.md").read_text()
     assert vllm.serving_facts(tmp_path / "made")["plugin"] is False
     for target in ("onnx", "onnxruntime"):
         _, proof = export_and_prove(tmp_path / "made", tmp_path / target, target, "float32")
@@ -69,12 +72,18 @@ def test_a_budget_of_the_cache_at_a_context(numprune: Command, tiny: Path, tmp_p
 
 
 def test_the_forecast_and_the_report(tiny: Path, tmp_path: Path) -> None:
-    changes = ["prune.window=8", "prune.window_layers=1", "prune.ratio=0.0"]
-    found = forecast.forecast(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+    asked = recipe.load(tiny / "recipe.toml", ["prune.window=8", "prune.window_layers=1", "prune.ratio=0.0"])
+    found = forecast.forecast(asked, tmp_path / "w")
     cache = kv_bytes(read_anatomy(checkpoint.read_config(tiny / "base")), 256)
     assert f"1 layer will see 8 tokens, KV cache at 256 tokens {cache:,} → {cache * (256 + 8) // 512:,} bytes" in (
         forecast.text(found)
     )
+
+    options = options_of(asked.prune, asked.sizes(), tiny / "base", "none")
+    rows = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    facts = prune_checkpoint(tiny / "base", rows, options, tmp_path / "pruned", torch.device("cpu"))
+    section = Pruning.model_validate(pruning_section(asked.prune, None, facts))
+    assert words.window(section) == f"8 tokens in layer {facts.windowed_layers[0]}"
 
 
 @pytest.mark.parametrize(
