@@ -47,7 +47,7 @@ def act(
     except NumpruneError as error:
         said, code = "".join(traceback.format_exception(error)), 1  # with all that a log would hold
     version = getattr(said, "version", None)
-    Path(out).write_text(json.dumps({"version": version, "steps": len(steps)} if version else str(said)))
+    Path(out).write_text(json.dumps({"version": version, "steps": steps} if version else str(said)))
     return code
 
 

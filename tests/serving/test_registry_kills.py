@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +20,18 @@ from tests.serving.workspaces import NAME, MakeRelease, artifact_folders, conten
 
 # --- what a kill leaves ----------------------------------------------------------------------------
 
-KILLED_PUBLISH = """
-registry = registries.open_registry(None, Path(sys.argv[1]))
-die = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
-where = sys.argv[4]
-if where == "copying":
-    import shutil
-    copy, count = shutil.copyfile, []
-    shutil.copyfile = lambda *arguments: (count.append(1), die() if len(count) == 3 else copy(*arguments))
-elif where == "artifacts":
-    type(registry.artifacts).put = die
-else:
-    setattr(type(registry.client), where, die)
-registries.publish(registry, Path(sys.argv[2]), sys.argv[3])
-"""
-
-
-@pytest.mark.parametrize(
-    ("where", "published"),
-    [
-        ("copying", False),
-        ("create_model_version", False),
-        ("set_terminated", True),  # the version is there and whole: it counts
-        ("set_registered_model_alias", True),
-    ],
-)
-@pytest.mark.slow
-def test_a_killed_publisher_leaves_nothing_half_made(
-    workspace: Path, make_release: MakeRelease, where: str, published: bool
-) -> None:
-    release = make_release()
-    child = run_child(KILLED_PUBLISH, workspace, release, NAME, where)
-    assert child.wait(120) == -signal.SIGKILL, child.communicate()
-    registry = registries.open_registry(None, workspace)
-    left = registries.list_versions(registry, NAME)
-    assert len(left) == published
-    assert all(registries.verify(registry, version.reference) for version in left)
-    assert len(artifact_folders(workspace)) == 1  # an orphan, or the version's
-    version = registries.publish(registry, release, NAME)
-    assert (version.version, version.aliases) == (1, ("candidate",))
-    assert artifact_folders(workspace) == [version.run_id]
-    assert contents(stored(workspace, version)) == contents(release)
-    runs = registry.client.search_runs([registry.experiment])
-    assert [(run.info.run_id, run.info.status) for run in runs] == [(version.run_id, "FINISHED")]
-
 
 @pytest.fixture(scope="module")
 def actors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actors]:
     forking = Actors(tmp_path_factory.mktemp("actors"))
     yield forking
     forking.close()
+
+
+def spread(steps: int, times: int) -> list[int]:
+    """So many of the steps, of which there are more than there is time for; with the first and the last."""
+    assert steps > times
+    return [round(share * (steps - 1) / (times - 1)) for share in range(times)]
 
 
 class Killed:
@@ -81,24 +43,20 @@ class Killed:
         workspace: Path,
         do: str,
         *arguments: object,
-        times: int = 5,
+        points: Callable[[Sequence[str]], Sequence[int]] = lambda steps: spread(len(steps), 5),
         forget: Callable[[], object] = lambda: None,
     ) -> None:
         self._actors, self._workspace, self._do, self._arguments = actors, workspace, do, arguments
-        self._times = times
+        self._points = points
         self._forget = forget
 
     def everywhere(self) -> Iterator[tuple[int, Path, Registry]]:
-        """After each kill: its step, the workspace and the registry in it, as they were left.
-
-        There are more steps than there is time for; the first and the last are among those that are taken.
-        """
+        """After each kill: its step, the workspace and the registry in it, as they were left."""
         whole = self._copy("whole")
         steps = self.again(whole)["steps"]
         shutil.rmtree(whole)
         self._forget()
-        assert steps > self._times
-        for step in sorted({round(share * (steps - 1) / (self._times - 1)) for share in range(self._times)}):
+        for step in self._points(steps):
             copy = self._copy(str(step))
             ended = self._actors.run(self._do, *self._arguments, workspace=copy, die_at=step)
             assert ended.code == -signal.SIGKILL, ended
@@ -114,6 +72,21 @@ class Killed:
         return shutil.copytree(self._workspace, self._workspace.with_name(f"{name} {self._do}"))
 
 
+def changes_of_a_publication(steps: Sequence[str]) -> list[int]:
+    """The first step; amid the files, and with all there; before the version, its commit, the end of its run, and the
+    alias; the last step.
+    """
+    copies, renames = (
+        [step for step, what in enumerate(steps) if what == name] for name in ("shutil.copyfile", "os.rename")
+    )
+    version, ended, alias = (
+        next(step for step, what in enumerate(steps) if what.startswith(change))
+        for change in ("INSERT INTO model_versions", "UPDATE runs SET status", "UPDATE registered_model_aliases")
+    )
+    commit = steps.index("COMMIT", version)
+    return [0, copies[2], renames[-1], version, commit, ended, alias, len(steps) - 1]
+
+
 @pytest.mark.slow
 def test_a_publisher_killed_at_any_step_leaves_nothing_half_made(
     actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease
@@ -121,19 +94,22 @@ def test_a_publisher_killed_at_any_step_leaves_nothing_half_made(
     first, second = make_release("a"), make_release("b")
     registries.publish(registry, first, NAME)
     registries.promote(registry, NAME)
-    killed = Killed(actors, workspace, "publish", second, NAME, times=8)
-    seen = set()
+    killed = Killed(actors, workspace, "publish", second, NAME, points=changes_of_a_publication)
+    seen = []
     for step, copy, left in killed.everywhere():
         versions = [registries.verify(left, version.reference) for version in registries.list_versions(left, NAME)]
-        seen.add(len(versions))
-        assert len(versions) in (1, 2)
+        seen.append(len(versions))
         assert registries.verify(left, NAME).version == 1  # production
         assert registries.verify(left, f"{NAME}@candidate").version in (1, 2)
-        registries.publish(left, second, NAME)
-        assert registries.verify(left, f"{NAME}@candidate").digest == manifest.read(second).digest, step
+        version = registries.publish(left, second, NAME)
+        assert (version.version, version.aliases) == (2, ("candidate",)), step
+        assert registries.verify(left, version.reference).digest == manifest.read(second).digest
         assert [version.version for version in registries.list_versions(left, NAME)] == [1, 2]
         assert len(artifact_folders(copy)) == 2
-    assert seen == {1, 2}
+        assert contents(stored(copy, version)) == contents(second)
+        runs = left.client.search_runs([left.experiment])
+        assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert seen == [1] * 5 + [2] * 3  # the version counts once it is committed, for it is whole
 
 
 @pytest.mark.parametrize(("do", "before", "then"), [("promote", 1, 2), ("rollback", 2, 1)])
