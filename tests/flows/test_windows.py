@@ -24,6 +24,7 @@ Command = Callable[..., Answered]
 WINDOW = ("--window", 8, "--window-layers", 1, "--samples", 8, "--sequence-length", 64)
 
 
+@pytest.mark.slow
 def test_the_layer_with_the_lowest_price_gets_the_window(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     base, text = tiny / "base", ("--text", tiny / "train.txt", "--json")
     made = numprune("prune", base, tmp_path / "made", *WINDOW, *text)

@@ -182,6 +182,7 @@ def test_the_result_is_quantized_towards_the_dense_model(llama):
     check_target(read_anatomy(pruned.model.config), read_anatomy(llama.config), [])
 
 
+@pytest.mark.slow
 def test_a_plan_is_followed(llama, tmp_path):
     anatomy = read_anatomy(llama.config)
     for options in (ALONE, replace(ALONE, ratio=0.3), replace(ALONE, ratio=0.5, drop_layers=1)):

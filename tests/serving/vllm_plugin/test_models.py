@@ -33,6 +33,12 @@ MHA = {
     2: {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 33},
 }
 GONE = {0: {"skip": ["attention", "mlp"]}, 3: {"skip": ["attention", "mlp"]}}  # first and last layer
+# Of a model with windows in the first and the third layer, shorter than the longest prompt.
+WINDOWS = {
+    "use_sliding_window": True,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 
 CASES = {
     "llama, biases, no groups, tied": (
@@ -75,6 +81,7 @@ CASES = {
         "qwen2",
         {"per_layer_config": MHA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
     ),
+    "smollm3, windows in some layers": ("smollm3", {"per_layer_config": MHA, **WINDOWS, "no_rope_layers": [1] * 4}),
     "qwen3, biases": ("qwen3", {"per_layer_config": MIXED, "attention_bias": True}),
 }
 
@@ -101,6 +108,8 @@ UNIFORM = {
     "qwen3": ("qwen3", {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "qwen3, biases": ("qwen3", {"attention_bias": True}),
     "gemma, biases": ("gemma", {"attention_bias": True}),
+    "smollm3, windows in some layers": ("smollm3", {**WINDOWS, "no_rope_layers": [1] * 4}),
+    "qwen2, windows in some layers": ("qwen2", WINDOWS),
 }
 
 
