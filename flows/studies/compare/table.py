@@ -139,7 +139,7 @@ def as_markdown(table: Table) -> str:
         "",
     ]
     lines = [heading, ["---"] * len(heading), dense, *(_cells(row, several) for row in rows)]
-    unit = f" Bounds by bootstrap over {rows[0].sampling_unit}s." if rows else ""
+    unit = f" Bounds by bootstrap over {'images' if images else f'{rows[0].sampling_unit}s'}." if rows else ""
     sizes = ", ".join(str(size) for size in conditions.calibration)
     if images:
         rows_of, judged = "images", f"{conditions.heldout_documents} held-out images"
@@ -149,7 +149,7 @@ def as_markdown(table: Table) -> str:
         judged = f"{conditions.heldout_tokens:,} tokens of {conditions.heldout_documents} held-out documents"
         predicted = "next-token distribution, `top-1` the agreement on the most probable token"
     if set(conditions.axes) != set(DEFAULT_AXES):
-        judged += f". Only {' and '.join(conditions.axes)} may be pruned"
+        judged += f". Only {', '.join(conditions.axes)} may be pruned"
     if any(row.method == "dimap-weights" for row in rows):
         judged += ". `dimap-weights` sets single weights to zero, which count as removed; nothing becomes smaller"
     notes = (
