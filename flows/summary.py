@@ -181,8 +181,7 @@ def of_quality(section: Mapping[str, Any]) -> str:
     for name, is_share, sides, _ in names.metrics(found):
         before = "" if sides.baseline is None else f"{_figure(sides.baseline, is_share)} → "
         parts.append(f"{name} {before}{_figure(sides.candidate, is_share)}")
-    units = f"{delta.samples:,} {delta.sampling_unit}s"
-    return f"{', '.join(parts)}, on {names.measured_on(found)} ({units})"
+    return f"{', '.join(parts)}, on {names.measured_on(found)} ({names.resampled(found)})"
 
 
 def of_accuracy(task: str, metric: str, found: Mapping[str, Any]) -> str:

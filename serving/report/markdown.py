@@ -21,7 +21,6 @@ from numprune.serving.report.models import (
     Quantization,
     Recovery,
     Report,
-    ReportedEstimate,
     Sizes,
 )
 
@@ -175,7 +174,7 @@ def _quality(quality: Quality) -> list[str]:
         "## Quality",
         "",
         f"{names.measured_on(quality)}{', packed' if quality.packed else ''}; "
-        f"intervals are two-sided, 95 %, over {_units(quality.loss_delta)}.",
+        f"intervals are two-sided, 95 %, over {_units(quality)}.",
         "",
         *table(["", "baseline", "candidate", "difference"], _quality_rows(quality)),
         *(_corpora(quality) if quality.corpora else []),
@@ -237,9 +236,9 @@ def _recovery_rows(quality: Quality) -> Iterable[list[str]]:
         yield ["of which by training", "", "", estimate(quality.recovery_loss_delta)]
 
 
-def _units(estimate: ReportedEstimate) -> str:
-    few = ": there are too few documents, so they hold for this text only" if estimate.sampling_unit == "window" else ""
-    return f"{counted(estimate.samples, estimate.sampling_unit)}{few}"
+def _units(quality: Quality) -> str:
+    few = quality.loss_delta.sampling_unit == "window"
+    return names.resampled(quality) + (": there are too few documents, so they hold for this text only" if few else "")
 
 
 def _generation(found: Generation) -> list[str]:

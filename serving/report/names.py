@@ -91,6 +91,12 @@ def measured_on(found: Quality) -> str:
     return f"{counted(found.documents, 'held-out text')} ({counted(found.tokens, 'token')})"
 
 
+def resampled(found: Quality) -> str:
+    """What the interval of the loss is over: `40 documents`, `40 windows` or `40 images`."""
+    delta = found.loss_delta
+    return counted(delta.samples, "image" if found.task == "image-classification" else delta.sampling_unit)
+
+
 def paired_by(found: Quality) -> str:
     """The unit by which the two models' losses are paired, like `token`."""
     return _COUNTED.get(found.task, "image" if found.task == "image-classification" else "text")

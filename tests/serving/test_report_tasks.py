@@ -110,6 +110,7 @@ def test_images_that_changed_their_class_are_shown() -> None:
     for text in ("Images whose class changed", "1 image, those that became wrong first", "label cat", "cat/7.png"):
         assert text in shown
     assert "\N{MINUS SIGN}0.0200" in shown  # the change of accuracy
+    assert f"by bootstrap over {report.quality.loss_delta.samples} images." in shown
     for tampered in ('"><script>', "x" * 70_000):
         with pytest.raises(ValidationError, match="png"):
             Report.model_validate(with_changed(png=tampered))

@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Iterator
 
-from numprune.counted import counted
 from numprune.serving.report import names, words
 from numprune.serving.report.models import Quality, Report, path_of
 from numprune.serving.report.page import changed, charts, generation, images, tasks
@@ -21,12 +20,11 @@ def section(report: Report) -> Section:
 
 
 def _blocks(found: Quality, report: Report) -> Iterator[Block]:
-    delta = found.loss_delta
     against = "candidate minus baseline" if names.is_difference(found) else "candidate against baseline"
     yield Text(
         f"On {names.measured_on(found)}{', packed' if found.packed else ''}, {against}, paired by "
         f"{names.paired_by(found)}. Intervals are two-sided, 95\N{NO-BREAK SPACE}%, by bootstrap over "
-        f"{counted(delta.samples, delta.sampling_unit)}{_TOO_FEW if _few(found) else ''}."
+        f"{names.resampled(found)}{_TOO_FEW if _few(found) else ''}."
     )
     table = Table(
         f"Quality on held-out {names.material(found)}", ("", "Baseline", "Candidate", "Difference"), list(_rows(found))

@@ -92,7 +92,9 @@ def test_image_classifiers_have_accuracies_in_place_of_perplexities():
     assert "| NLL increase, nats/image (one-sided 95 % bounds) | NLL | accuracy |" in lines[0]
     assert lines[2].startswith("| 0 | dense | 0 | 0.1000 | 96.4 % |")
     assert "| 0.1500 | 95.0 % | 0.1330 |" in lines[3]
-    assert "calibrated on 128 images (seed 0), evaluated on 500 held-out images" in lines[5]
+    assert "128 images (seed 0), evaluated on 500 held-out images. Bounds by bootstrap over images." in lines[5]
+    masked = as_markdown(replace(table, rows=[replace(ROW, method="dimap-weights", accuracy=0.95)]))
+    assert "`dimap-weights` sets single weights to zero, which count as removed; nothing becomes smaller." in masked
     (row,) = csv.DictReader(as_csv(table).splitlines())
     assert (row["nll_nats_per_image"], row["accuracy"], row["dense_nll_nats_per_image"]) == ("0.15", "0.95", "0.1")
     assert "perplexity" not in row
