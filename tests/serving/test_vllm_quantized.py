@@ -44,11 +44,13 @@ def test_a_server_matches_the_quantized_model_and_detects_a_wrong_scale(tmp_path
             if folder is good:
                 found_here = prove(running, release, "bfloat16")
                 assert found_here["greedy_match"] > 0.9
-                # It computes in bfloat16, as asked. How precisely depends on the CPU: `prove` knows what is allowed.
+                # As precise as transformers: what is allowed beyond that is for other devices. With AMX, vLLM would
+                # round activations to 8 bits by default.
+                [mean, p99] = [found_here[f"{name}_error"] for name in ("mean", "p99")]
                 own = reference_answers.read(good).rounding["bfloat16"]
                 assert own.p99 is not None
-                assert found_here["mean_error"] > own.mean / 2
-                assert found_here["p99_error"] > own.p99 / 2
+                assert own.mean / 2 < mean < 2 * own.mean
+                assert own.p99 / 2 < p99 < 2 * own.p99
             else:
                 with pytest.raises(ParityError, match="the server gives"):
                     prove(running, release, "bfloat16")
