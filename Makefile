@@ -1,8 +1,9 @@
 # make optimize    sets up .venv when it is missing, then runs the main job: make optimize ARGS="recipe.toml --json"
 # make test        sets up what is missing of .venv, .venv-team and .venv-vllm, then lints, checks types, runs all tests;
-#                  make -j3 test sets them up side by side
+#                  make -j3 test sets them up side by side, and runs the tests with vLLM beside the others
 # make check       lint, types and the quick tests, in a few minutes: before every commit
-# make test-vllm   only those that need vLLM
+# make test-vllm   only those that need vLLM, one after another
+# make test-rest   lint, types and those that need no vLLM
 # make docs        builds the documentation into build/docs; a warning is an error
 # make gpu         checks and measures on an NVIDIA GPU, in under eight minutes; writes docs/gpu/DEVICE.json and .md. It takes
 #                  PYTHON where there is no .venv, with torch>=2.11, transformers, numpy, scipy, safetensors, pydantic,
@@ -22,7 +23,7 @@
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: check docs env env-team env-vllm gpu lint optimize packages test test-vllm
+.PHONY: check docs env env-team env-vllm gpu lint optimize packages test test-rest test-vllm
 
 NVIDIA := $(shell command -v nvidia-smi)
 PYTHON ?= python3
@@ -137,13 +138,15 @@ docs: env
 gpu:
 	@PYTHONPATH=$(CURDIR) $(if $(wildcard .venv/complete),$(BIN)/python,$(PYTHON)) -m numprune.flows.studies.gpu --out $(GPU_OUT) $(ARGS)
 
+# Beside the others, whole lines (-v) are easier to read than dots.
 # pytest ends with 5 when it found no test: fine where ARGS chose among them, an error where all were meant.
-PYTEST_VLLM := NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm
+PYTEST_VLLM := NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -v -m vllm
 
-test: lint env-team env-vllm
+test: test-rest test-vllm
+
+test-rest: lint env-team env-vllm
 	@NUMPRUNE_TEAM=$(CURDIR)/.venv-team $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not vllm" $(ARGS) \
 		$(if $(ARGS),|| [ $$? = 5 ])
-	$(PYTEST_VLLM) $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
 
 test-vllm: env env-vllm
 	@$(PYTEST_VLLM) $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that spin while they wait take the processors from the servers and stages that a test runs beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Models are tiny: a second thread costs more than it computes, and waits for a processor that another test has.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -37,10 +39,16 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+HERE = Path(__file__).parent
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: where several processes share the files, the short ones fill up the end."""
+    """Files with slow tests come first: where several processes share the files, the short ones fill up the end.
+
+    The first of all are those in this folder, each of which goes through all families or sets up environments.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent != HERE))
 
 
 TINY = {
