@@ -1,4 +1,4 @@
-"""Amounts for a terminal."""
+"""Amounts for a terminal and for reports."""
 
 
 def size(count: float) -> str:

@@ -44,7 +44,7 @@ Layer = Literal["export", "serving", "studies"]
 # `flows/steps` has the bodies of the stages; the other modules of `flows` that they use are listed. Studies are a layer
 # of their own, so that an edit there leaves production stages valid.
 _CODE: dict[Layer, tuple[str, ...]] = {
-    "export": ("export", "flows/steps", "flows/names.py", "flows/sections.py", "flows/values.py"),
+    "export": ("export", "flows/steps", "flows/amounts.py", "flows/names.py", "flows/sections.py", "flows/values.py"),
     "serving": ("serving",),
     "studies": ("flows/studies",),
 }
