@@ -91,7 +91,8 @@ def text_rows(
         rows = task.rows(pictures, judged=part == "heldout")
         if copies := len(pictures) - len(rows.rows):
             logger.warning(
-                "%s of others in one class, with the same pixels; each image counts once", counted(copies, "copy")
+                "%s of held-out images, with the same pixels and label; each image counts once",
+                counted(copies, "duplicate"),
             )
         logger.info(
             "%s images: %d%s",

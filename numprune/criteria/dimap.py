@@ -55,9 +55,9 @@ def weight_importances(matrices: Sequence[Tensor]) -> list[Tensor]:
         matrices: that form the layer.
     """
     squares = torch.cat([matrix.flatten() for matrix in matrices]).double().square()
-    order = squares.argsort(descending=True)
-    larger = torch.empty_like(squares)
-    larger[order] = squares[order].cumsum(0)
+    ascending = squares.sort().values
+    from_here = ascending.flip(0).cumsum(0).flip(0)
+    larger = from_here[torch.searchsorted(ascending, squares)]  # from the first of equal ones: all of them count
     shares = squares / larger.clamp_min(torch.finfo(torch.float64).tiny)
     parts = shares.split([matrix.numel() for matrix in matrices])
     return [part.view_as(matrix) for part, matrix in zip(parts, matrices, strict=True)]

@@ -245,6 +245,16 @@ def test_classes_are_read_as_checkpoints_write_them(
     assert {(one["baseline"], one["candidate"]) for one in section["changed"]} == {("cat", shown)}
 
 
+def test_duplicates_among_held_out_images_are_counted_in_a_warning(
+    vit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = write_images(tmp_path / "images", 2, CLASSES)
+    for number in (1, 2):
+        shutil.copy(images / "LABEL_0" / "000.png", images / "LABEL_0" / f"again{number}.png")
+    assert len(heldout_rows([images], None, [vit / "base"], Reading()).rows) == 2
+    assert "2 duplicates of held-out images, with the same pixels and label" in caplog.text
+
+
 def test_classes_that_are_contradictory_are_refused(numprune: Command, vit: Path, tmp_path: Path) -> None:
     base = shutil.copytree(vit / "base", tmp_path / "base")
     classes = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 2}}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from numprune.anatomy import read_anatomy
-from numprune.criteria.dimap import importances
+from numprune.criteria.dimap import importances, weight_importances
 from numprune.errors import InputError
 from numprune.images import Processor
 from numprune.option_checks import check_options
@@ -44,6 +44,12 @@ def test_importances_are_those_of_the_paper_summed_over_units():
     own = (query + key).view(2, 8, 16).sum(2)
     rest = (value + output.T).view(2, 8, 16).sum((1, 2))
     torch.testing.assert_close(found, own + rest[:, None] / 8)
+
+
+def test_equal_magnitudes_are_equally_important() -> None:
+    """Half precision has many of them; equation 10 counts all that are not smaller."""
+    (found,) = weight_importances([torch.tensor([[2.0, -2.0, 0.0], [1.0, 2.0, 0.0]])])
+    assert found.tolist() == [[4 / 12, 4 / 12, 0], [1 / 13, 4 / 12, 0]]
 
 
 @torch.no_grad()
