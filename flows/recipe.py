@@ -123,6 +123,7 @@ class Recipe(Section):
             ("prune.ratio", self.prune.ratio, 0.0),
             ("prune.allocation", self.prune.allocation, "error"),
             ("prune.hidden_size", self.prune.hidden_size, 0),
+            ("prune.window", self.prune.window, 0),
             ("quantize.scheme", self.quantize.scheme, "none"),
             ("target.tensor_parallel", self.target.tensor_parallel, 1),
             ("export.dtype", self.export.dtype, "auto"),

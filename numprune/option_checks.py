@@ -115,6 +115,11 @@ def beside_windows(anatomy: Anatomy, options: PruneOptions) -> tuple[Anatomy, Pr
         (options.shapes, "candidates of hidden_size and drop_layers are compared without windows", "give one of each"),
         (options.hidden_size, "hidden_size is chosen on the model without windows", "leave hidden_size out"),
         (options.refine != "none", "the search measures plans without windows", "set refine to none"),
+        (
+            options.drop_layers or options.drop_blocks,
+            "a dropped layer could be one that gets a window",
+            "leave drop_layers and drop_blocks out",
+        ),
     ):
         if given:
             raise InputError(f"window is {window}: {what}; {remedy}, or prune twice")

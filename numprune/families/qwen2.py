@@ -5,7 +5,9 @@ QWEN2 = Family(
     attention=attention(bias=True),
     mlp=gated_mlp(),
     per_layer={"max_window_layers": "first"},
-    windows=Windows(fields={"use_sliding_window": True}),
+    # vLLM's own class ignores windows in some layers, unless max_window_layers differs from the number of layers: then
+    # it refuses the model.
+    windows=Windows(fields={"use_sliding_window": True, "max_window_layers": 0}),
     vllm=Vllm(
         takes_head_dim=False,
         native_unless=("use_sliding_window",),

@@ -9,6 +9,7 @@ QWEN3 = Family(
     ),
     mlp=gated_mlp(),
     per_layer={"max_window_layers": "first"},
-    windows=Windows(fields={"use_sliding_window": True}),
+    # max_window_layers as in Qwen2.
+    windows=Windows(fields={"use_sliding_window": True, "max_window_layers": 0}),
     vllm=Vllm(native_unless=("attention_bias", "use_sliding_window"), per_layer=True),
 )

@@ -222,6 +222,7 @@ def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_pat
         (["timings.sizes=4"], "timings: it has an effect only with a time as prune.budget"),
         ([f"prune.budget=5ms@{DECODE}", "quantize.scheme=w8a8"], "quantize.scheme = 'w8a8': with a time"),
         ([f"prune.budget=5ms@{DECODE}", "target.tensor_parallel=2"], "tensor_parallel = 2: with a time"),
+        ([f"prune.budget=5ms@{DECODE}", "prune.window=8", "prune.window_layers=1"], "prune.window = 8: with a time"),
         (
             [f"prune.budget=5ms@{DECODE}", "learn.method=vib", "learn.constraint=flops"],
             "learn.constraint = 'flops': prune.budget limits milliseconds; leave one of them out",

@@ -22,7 +22,7 @@ from numprune.quantization.walk import check_target
 from numprune.spans import check_reach, full_layers, with_windows
 from numprune.target import Target
 from numprune.windowing import choose, windowed_config
-from tests.conftest import build_tiny
+from tests.conftest import build_tiny, tiny_config
 
 WINDOW, LAYERS = 6, 4
 ROWS = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -135,6 +135,13 @@ def test_the_anatomy_with_windows_is_that_of_the_configuration():
             assert read_anatomy(windowed_config(config, WINDOW, layers)) == after
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_vllms_own_class_refuses_windows_that_it_would_ignore(family):
+    """It sees the whole context in every layer, and asserts only that max_window_layers is the number of layers."""
+    config = tiny_config(family, num_hidden_layers=LAYERS, max_window_layers=LAYERS)
+    assert windowed_config(config, WINDOW, [1, 2]).max_window_layers != LAYERS
+
+
 def test_the_checkpoint_generates_the_same_with_and_without_a_cache(llama, tmp_path):
     made = prune(llama, ROWS, ALONE).model
     made.save_pretrained(tmp_path)
@@ -185,7 +192,7 @@ def test_the_result_is_quantized_towards_the_dense_model(llama):
 @pytest.mark.slow
 def test_a_plan_is_followed(llama, tmp_path):
     anatomy = read_anatomy(llama.config)
-    for options in (ALONE, replace(ALONE, ratio=0.3), replace(ALONE, ratio=0.5, drop_layers=1)):
+    for options in (ALONE, replace(ALONE, ratio=0.3)):
         made = prune(llama, ROWS, options)
         made.plan.write(tmp_path / "plan.json")
         check_plan(anatomy, made.plan)
@@ -223,6 +230,7 @@ def test_an_edited_plan_that_does_not_fit_is_refused(llama, edit, message):
         ("gemma2", {"window_layers": 4}, "it must be at most 3"),
         ("llama", {"hidden_size": 32}, "leave hidden_size out, or prune twice"),
         ("llama", {"refine": "search", "allocation": "error"}, "set refine to none"),
+        ("llama", {"ratio": 0.5, "drop_layers": 1}, "a dropped layer could be one that gets a window"),
         ("llama", {"skips": True, "allocation": "error"}, "must keep the attention of every layer"),
         ("llama", {"sequence_budget": SequenceBudget(1 << 14, 64, 4)}, "leave one of them out"),
         (
