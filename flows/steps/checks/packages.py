@@ -22,6 +22,7 @@ _INSTALL = {
 
 
 def needed(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return the fields that need packages, each with the name in `missing` of what it needs."""
     asked: list[tuple[str, Sequence[str]]] = [
         ("recover.method", [recipe.recover.method]),
         ("recover.train", [recipe.recover.train] if recipe.recover.method != "none" else []),
@@ -36,6 +37,7 @@ def needed(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def missing(name: str) -> list[str]:
+    """Return why `name` cannot be used here, one problem per package; empty if it can."""
     problems = []
     for module in _MODULES[name]:
         try:

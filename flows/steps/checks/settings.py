@@ -12,6 +12,7 @@ from numprune.tasks import TaskName
 
 
 def lengths(recipe: Recipe, context: int, task: TaskName) -> list[str]:
+    """Lengths, in tokens, beyond the model's `context`."""
     problems = []
     if task == "image-classification":
         return []
@@ -75,6 +76,7 @@ def images(recipe: Recipe, anatomy: Anatomy) -> list[str]:
 
 
 def combinations(recipe: Recipe) -> list[str]:
+    """Settings that contradict each other, whatever the model is."""
     data = recipe.data
     problems: list[str] = []
     texts = [text for text in (data.calibration, *data.corpora.values()) if isinstance(text, list)]
