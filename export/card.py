@@ -108,12 +108,12 @@ def _asked(plan: Plan) -> str:
     limits = [plan.time_budget.described] if plan.time_budget else []
     limits += [f"{plan.budget.limit:,} bytes of weights"] if plan.budget else []
     limits += [str(plan.kv_budget)] if plan.kv_budget else []
-    limits += [str(plan.sequence_budget)] if plan.sequence_budget else []
     return f"to meet a budget of {' and '.join(limits)}" if limits else f"{plan.ratio:.1%} asked for"
 
 
 def _window(plan: Plan) -> str:
-    return f"{plan.window:,} tokens in {numbered_layers(plan.windowed_layers())} of the base model"
+    asked = f", for at most {plan.sequence_budget}" if plan.sequence_budget else ""
+    return f"{plan.window:,} tokens in {numbered_layers(plan.windowed_layers())} of the base model{asked}"
 
 
 def _hidden_size(hidden: HiddenPlan) -> str:

@@ -361,12 +361,12 @@ class Plan(BaseModel):
 
     @property
     def limits(self) -> list[str]:
-        """What the result must stay within: every budget, or the ratio."""
+        """What the result must stay within: every budget, and the ratio if none of them determines sizes."""
         found = [f"budget {self.budget.limit:,} bytes"] if self.budget else []
         found += [f"budget {self.time_budget.described}"] if self.time_budget else []
         found += [f"budget {self.kv_budget}"] if self.kv_budget else []
-        found += [f"budget {self.sequence_budget}"] if self.sequence_budget else []
-        return found or [f"ratio {self.ratio:g}"]
+        found = found or [f"ratio {self.ratio:g}"]
+        return found + ([f"budget {self.sequence_budget}"] if self.sequence_budget else [])
 
     def schemes(self) -> dict[str, SchemeName]:
         """Return the scheme of each block to be quantized, by name."""

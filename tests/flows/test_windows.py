@@ -70,6 +70,9 @@ def test_a_budget_of_the_cache_at_a_context(numprune: Command, tiny: Path, tmp_p
     after = read_anatomy(checkpoint.read_config(tmp_path / "made"))
     assert len(full_layers(after)) == anatomy.layers - 1
     assert kv_bytes(after, 64) == kv_bytes(anatomy, 64) * (64 + 8) // 128
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "(0.0% asked for)" in card
+    assert f"of the base model, for at most {kv_bytes(anatomy, 64) - 1:,} bytes of KV cache at 64 tokens" in card
 
 
 def test_the_forecast_and_the_report(tiny: Path, tmp_path: Path) -> None:

@@ -168,6 +168,7 @@ def test_a_budget_of_kv_cache_takes_as_few_windows_as_it_needs(llama):
     options = replace(ALONE, window_layers=0, sequence_budget=SequenceBudget(limit, 64, 4))
     plan = prune(llama, ROWS, options).plan
     assert len(plan.windowed) == 3
+    assert plan.limits == ["ratio 0", f"budget {limit:,} bytes of KV cache at 64 tokens"]
     assert kv_bytes(plan.result(anatomy), 64) == limit
     assert known_results(anatomy, options)[0].attention_differs
     less = replace(options, sequence_budget=SequenceBudget(limit - 1, 64, 4))
