@@ -108,6 +108,16 @@ def check_settings(config: Any) -> None:
         raise InputError(
             f"vLLM does not run {family.name} with {' and '.join(f'{name}=True' for name in refused)}; leave vllm out"
         )
+    if family.vllm.alternating:
+        misplaced = [
+            index for index, kind in enumerate(config.layer_types) if (kind == "sliding_attention") != (index % 2 == 0)
+        ]
+        if misplaced:
+            raise InputError(
+                f"layer_types: vLLM's class for {family.name} gives layers 0, 2, 4, … a sliding window and the others "
+                f"none, but layer {misplaced[0]} has {config.layer_types[misplaced[0]]}; keep the order, or leave vllm "
+                "out"
+            )
 
 
 def check_quantized(scheme: Scheme, dtype: torch.dtype | None, device: str) -> None:

@@ -217,6 +217,7 @@ class Vllm:
         native_unless: fields that must not be true, because that class ignores or refuses them.
         backend: the transformers backend runs the family, too; without it and `native`, vLLM does not run the family.
         per_layer: the plug-in numprune-vllm runs it with layers of different sizes, in either way.
+        alternating: that class has windows in every second layer from the first on, whatever `layer_types` say.
         layers_as: another family whose vLLM class builds layers of any size, and the fields that it then needs.
     """
 
@@ -225,6 +226,7 @@ class Vllm:
     native_unless: tuple[str, ...] = ()
     backend: bool = True
     per_layer: bool = False
+    alternating: bool = False
     layers_as: tuple[str, Mapping[str, Any]] | None = None
 
     @property

@@ -1,4 +1,4 @@
-from numprune.families.family import Family, attention, experts
+from numprune.families.family import Family, Vllm, attention, experts
 
 GPT_OSS = Family(
     name="gpt_oss",
@@ -12,5 +12,6 @@ GPT_OSS = Family(
         transposed=True,
         stored=None,
     ),
+    vllm=Vllm(alternating=True),
     attention_implementation="eager",  # transformers refuses SDPA, which has no sinks
 )

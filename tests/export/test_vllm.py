@@ -12,7 +12,7 @@ from numprune.export.weights import read_tensor
 from numprune.plans import PLAN_FILE
 from numprune.quantization import Scheme
 from numprune.quantization.compressed_tensors import CONFIG_FIELD, QuantizationConfig, config_of, read_quantization
-from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, write_checkpoint
+from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, tiny_config, write_checkpoint
 
 ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
 
@@ -58,6 +58,14 @@ def test_a_setting_unsupported_by_every_vllm_class_is_refused(model_type):
     config = build_tiny(model_type, **layers, reorder_and_upcast_attn=True).config
     with pytest.raises(InputError, match="vLLM does not run gpt2 with reorder_and_upcast_attn=True; leave vllm out"):
         vllm.preflight(config)
+
+
+def test_windows_that_vllm_would_place_in_other_layers_are_refused():
+    windows = ["sliding_attention", "full_attention"]
+    vllm.check_settings(tiny_config("gpt_oss", sliding_window=8, num_hidden_layers=4, layer_types=2 * windows))
+    dropped = tiny_config("gpt_oss", sliding_window=8, num_hidden_layers=3, layer_types=[*windows[1:], *windows])
+    with pytest.raises(InputError, match=r"layers 0, 2, 4, … a sliding window.*but layer 0 has full_attention"):
+        vllm.check_settings(dropped)
 
 
 def test_expert_sizes_are_recorded(tmp_path):
