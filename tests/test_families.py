@@ -395,11 +395,12 @@ HEADS = {
 def row_of(family):
     """The family's row of docs/families.md; that every cell of it is true, the other tests say."""
     entry = FAMILIES[family]
-    attention, mlp = read_anatomy(build_tiny(family).config).of_layer(0)
+    config = build_tiny(family).config
+    attention, mlp = read_anatomy(config).of_layer(0)
     heads = HEADS["stand-in" if entry.stand_in else entry.stock_heads]
     cells = [f"`{family}`", heads if attention.separable else "none", "up" if mlp.linear else "values"]
     if "causal-lm" in entry.tasks:
-        cells.append("written" if family in onnx_decoder.FAMILIES else "traced")
+        cells.append("written" if onnx_decoder.writes(config) else "traced")
         if entry.vllm.runs:
             cells.append("native" if entry.vllm.native else "transformers backend")
             cells.append("plug-in" if entry.vllm.per_layer else "no")
