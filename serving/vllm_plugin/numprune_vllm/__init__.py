@@ -38,12 +38,12 @@ def _compute_as_quantized() -> None:
     """Keep activations in half precision where only weights have 4 bits, unless the user has asked for 8 bits.
 
     On CPUs with AMX, vLLM otherwise rounds them to 8 bits, which no checkpoint asks for. Its kernel for half precision
-    needs the permission to use AMX, which vLLM does not request; without it, the process ends with SIGILL.
+    needs the permission to use AMX, which vLLM does not request; without it, the process ends with SIGILL. Where
+    the system refuses it, vLLM's default stays, and the server check judges the result.
     """
     import os
 
     import torch
 
-    os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
+    if not torch.cpu._is_amx_tile_supported() or torch.cpu._init_amx():
+        os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
