@@ -11,6 +11,7 @@ and then quantized by GPTQ, as in numprune prune and quantize.
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections import Counter
@@ -34,14 +35,14 @@ from numprune.corpus import TokenRows
 from numprune.counted import counted
 from numprune.curves import Errors
 from numprune.documents import Reading
-from numprune.errors import InputError, NumpruneError
+from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.flows.cli.parser import at_least
 from numprune.flows.names import EMBEDDED
 from numprune.flows.steps import text as texts
 from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.steps.prune import byte_budget
-from numprune.flows.studies.arguments import each_once
+from numprune.flows.studies.arguments import each_once, parser_of, run
 from numprune.layers import ModelLayers
 from numprune.option_checks import check_options
 from numprune.options import PruneOptions, sizes_allowed
@@ -51,6 +52,8 @@ from numprune.quantization.pricing import rounding_prices
 from numprune.quantization.walk import Fit, quantize_layers
 from numprune.target import Sizes, Target
 
+logger = logging.getLogger(__name__)
+
 _RIVALS = "w8a8,w8a8@0.2,w8a8@0.3,w4a16,w4a16@0.2,w4a16@0.3"
 
 Row = dict[str, Any]
@@ -59,19 +62,18 @@ Forms = Mapping[str, Form]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 error."""
-    args = _parser().parse_args(argv)
-    try:
-        rivals = _rivals(args.rivals)
-        study = _Study.of(args)
-        rows = list(study.rows(rivals))
-    except NumpruneError as error:
-        print(f"bits: error: {error}", file=sys.stderr)
-        return 1
+    return run("bits", _body, _parser().parse_args(argv))
+
+
+def _body(args: argparse.Namespace) -> str:
+    rivals = _rivals(args.rivals)
+    study = _Study.of(args)
+    rows = list(study.rows(rivals))
     conditions = study.conditions()
-    print(
+    found = (
         json.dumps({"conditions": conditions, "rows": rows}, indent=1) if args.json else as_markdown(rows, conditions)
     )
-    return 0
+    return found + "\n"
 
 
 def as_markdown(rows: Sequence[Row], conditions: str) -> str:
@@ -199,7 +201,7 @@ class _Study:
         found = quality.compare(result, self.model, self.heldout).loss_delta
         bits = Counter(form.level.bits if form.level else 16 for form in forms.values() if form.size.units)
         kept = sum(block.parameters(forms[block.name].size) for block in self.anatomy.blocks)
-        print(f"bits: {what}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        logger.info("bits: %s, %s: %.0f s", budget_of, what, time.perf_counter() - started)
         return {
             "budget_of": budget_of,
             "what": what,
@@ -247,11 +249,7 @@ def _rivals(text: str) -> list[tuple[SchemeName, float]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m numprune.flows.studies.bits",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bits", (__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default=EMBEDDED, help="a checkpoint (default: the embedded)"
     )
