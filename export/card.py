@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
+from transformers import PreTrainedConfig
 
 from numprune.anatomy import PER_LAYER_PREFIX, code_vocabulary, read_anatomy, task_name
 from numprune.budget import budget_of
-from numprune.counted import numbered_layers
+from numprune.counted import counted, numbered_layers
 from numprune.dtypes import name_of
 from numprune.errors import InputError
 from numprune.export import vllm
@@ -75,8 +76,6 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
     shown = f"[{name}](https://huggingface.co/{name})" if name else f"`{base.absolute().name}`"
     licence = "under the base model's licence" if "license" in metadata else "see the licence of the base model"
     removed = 1 - after.prunable_parameters / before.prunable_parameters
-    calibration = plan.calibration
-    row_name = "images" if task == "image-classification" else "rows"
     rows = [
         ("base model", shown),
         ("method", f"criterion {plan.criterion}, allocation {plan.allocation}, compensation {plan.compensation}"),
@@ -84,7 +83,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
         *([("attention window", _window(plan))] if plan.window else []),
         *([("hidden size", _hidden_size(plan.hidden))] if plan.hidden else []),
-        ("calibration", f"{calibration.rows:,} {row_name} of {calibration.sequence_length:,} tokens"),
+        ("calibration", _calibration(config, task, plan)),
         (TRAINING, "none"),
         ("kept units", f"[{PLAN_FILE}]({PLAN_FILE})"),
         (PRECISION, name_of(config.dtype)),
@@ -102,6 +101,15 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
             _use(config, task, per_layer) + _serve(folder),
         ]
     )
+
+
+def _calibration(config: PreTrainedConfig, task: TaskName, plan: Plan) -> str:
+    rows, length = plan.calibration.rows, plan.calibration.sequence_length
+    if task == "image-classification":
+        return counted(rows, "image")
+    if code_vocabulary(config) is not None:
+        return f"{counted(rows, 'image')} of {counted(length - 1, 'code')}"
+    return f"{rows:,} rows of {length:,} tokens"
 
 
 def _asked(plan: Plan) -> str:

@@ -1,7 +1,7 @@
 """Forecast of a run: sizes, text, stages, memory, and the servers' requirements."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -81,7 +81,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "drop_layers": options.drop_layers,
         "shapes": len(options.shapes),
         "drop_blocks": recipe.prune.drop_blocks,
-        "windows": _windows(anatomy, options) if options.window else None,
+        "windows": _windows(anatomy, options, results) if options.window else None,
         "hidden_size": [options.hidden_size, anatomy.hidden_size] if options.hidden_size else None,
         "hidden_size_is_chosen": narrows,
         "refine_minutes": recipe.prune.refine_minutes if recipe.prune.refine != "none" else None,
@@ -99,8 +99,11 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     }
 
 
-def _windows(anatomy: Anatomy, options: PruneOptions) -> dict[str, int]:
-    """How many layers will see only a window, and the KV cache of a sequence, in the data type of the checkpoint."""
+def _windows(anatomy: Anatomy, options: PruneOptions, results: Sequence[Anatomy]) -> dict[str, int | bool]:
+    """How many layers will see only a window, and the KV cache of a sequence, in the data type of the checkpoint.
+
+    If the sizes are not known yet, it is at most as large as with the windows alone. `results`: the possible ones.
+    """
     context = options.sequence_budget.context if options.sequence_budget else anatomy.context
     after, _ = beside_windows(anatomy, options)
     assert options.window is not None
@@ -109,7 +112,8 @@ def _windows(anatomy: Anatomy, options: PruneOptions) -> dict[str, int]:
         "layers": len(full_layers(anatomy)) - len(full_layers(after)),
         "context": context,
         "kv_bytes_before": kv_bytes(anatomy, context),
-        "kv_bytes_after": kv_bytes(after, context),
+        "kv_bytes_after": max(kv_bytes(result, context, anatomy.bytes_per_value) for result in results or [after]),
+        "exact": len(results) == 1,
     }
 
 
@@ -319,9 +323,10 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     for after in found["after"]:
         yield _size_line(before, after)
     if windows := found["windows"]:
+        left = f"{'' if windows['exact'] else 'at most '}{windows['kv_bytes_after']:,} bytes"
         yield (
             f"window: {counted(windows['layers'], 'layer')} will see {windows['tokens']:,} tokens, KV cache at "
-            f"{windows['context']:,} tokens {windows['kv_bytes_before']:,} → {windows['kv_bytes_after']:,} bytes"
+            f"{windows['context']:,} tokens {windows['kv_bytes_before']:,} → {left}"
         )
     if found["hidden_size"]:
         yield "hidden size: {1:,} -> {0:,}".format(*found["hidden_size"])

@@ -54,6 +54,11 @@ def _check_layers(anatomy: Anatomy, window: int, count: int) -> None:
     if any(not block.units for block in anatomy.of_kind("attention")):
         raise InputError(f"window is {window}: a layer has no attention, which is not supported beside windows")
     full = full_layers(anatomy)
+    if not full:
+        raise InputError(
+            f"window is {window}: every layer of the model already has a window of {anatomy.sliding_window}; leave "
+            "window and window_layers out"
+        )
     if len(full) < anatomy.layers and window != anatomy.sliding_window:
         raise InputError(
             f"window is {window}, and the model's own windows are {anatomy.sliding_window}: a configuration holds one "

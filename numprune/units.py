@@ -11,3 +11,4 @@ LOSS_UNITS: Mapping[TaskName, str] = {
     "embedding": "1 - cosine",
     "image-classification": "nats/image",
 }
+OF_CODES = "nats/code"  # of causal language models that generate images

@@ -14,8 +14,7 @@ minute on one CPU core. It uses one thread: the same seed and versions give the 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from numprune.errors import InputError
+from numprune.flows.embedded.threads import one_thread
 
 _HELDOUT = 500  # images, never trained on
 _LEVELS = 16  # of grey, from 0
@@ -92,17 +92,6 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {"vit": build_vit, "sw
 def pixels(images: np.ndarray) -> Tensor:
     """Return what `processor` makes of images (N, 8, 8) uint8: (N, 1, 8, 8) in [-1, 1]."""
     return torch.from_numpy(images).float()[:, None] / 127.5 - 1
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: several add numbers in another order, and training makes that other weights."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @one_thread()

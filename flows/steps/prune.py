@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from numprune import pruning
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
-from numprune.budget import budget_of
+from numprune.budget import budget_of, kv_bytes
 from numprune.byte_budget import LEVELS, ByteBudget, ValueBytes
 from numprune.cache_budget import KvBudget, SequenceBudget
 from numprune.corpus import rows_digest
@@ -38,7 +38,7 @@ from numprune.export.tokenizer import other_reading
 from numprune.export.weights import DTYPES, dtypes_of
 from numprune.families import FAMILIES
 from numprune.flows.sections import Prune
-from numprune.flows.steps.results import PrunedCheckpoint
+from numprune.flows.steps.results import PrunedCheckpoint, SequenceCache
 from numprune.layers import Layers, ModelLayers
 from numprune.option_checks import check_options
 from numprune.options import PruneOptions
@@ -168,7 +168,8 @@ def prune_checkpoint(
             check_budget(made, folder)
     processes.wait()
     # From the files, not from the float32 model in memory: the size of the cache depends on the data type.
-    before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))
+    sides = [read_anatomy(read_config(folder)) for folder in (base, out)]
+    before, after = map(budget_of, sides)
     return PrunedCheckpoint(
         digest=manifest.read(out).digest,
         before=before,
@@ -181,6 +182,7 @@ def prune_checkpoint(
         dropped_blocks=list(made.dropped_blocks),
         window=made.window,
         windowed_layers=made.windowed_layers(),
+        cache=_cache(made, *sides) if made.window is not None else None,
         schemes=dict(made.schemes()),
         kept_units=_kept_units(made),
         hidden_size=[len(made.hidden.kept), made.hidden.size] if made.hidden else None,
@@ -188,6 +190,11 @@ def prune_checkpoint(
         price=made.price,
         shape=made.shape,
     )
+
+
+def _cache(plan: Plan, before: Anatomy, after: Anatomy) -> SequenceCache:
+    context = plan.sequence_budget.context if plan.sequence_budget else before.context
+    return SequenceCache(context, kv_bytes(before, context), kv_bytes(after, context))
 
 
 def _check(anatomy: Anatomy, rows: Tensor, options: PruneOptions, processes: Processes, *, stream: bool) -> None:

@@ -36,6 +36,7 @@ from numprune.serving.report import (
     page,
     write,
 )
+from numprune.units import OF_CODES
 
 JSON, TEXT, PAGE, JUNIT = "report.json", "report.md", "report.html", "junit.xml"
 
@@ -76,7 +77,9 @@ def assemble(
 def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoint) -> dict[str, Any]:
     """The requested pruning and its result; `learned`: the masks that chose the units, or None."""
     before, after, found = pruned.before, pruned.after, pruned.refinement
-    kv_bytes = before.kv_bytes_per_token  # none of an encoder
+    cached = before.kv_bytes_per_token, after.kv_bytes_per_token  # none of an encoder
+    if pruned.cache is not None:
+        cached = pruned.cache.before, pruned.cache.after
     return {
         "criterion": learned.method if learned else asked.criterion,
         **asked.model_dump(include={"allocation", "compensation"}),
@@ -89,7 +92,8 @@ def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoin
         "ratio_removed": {
             "prunable": 1 - after.prunable_parameters / before.prunable_parameters,
             "parameters": 1 - after.parameters / before.parameters,
-            "kv_bytes": 1 - after.kv_bytes_per_token / kv_bytes if kv_bytes else None,
+            "kv_bytes": 1 - cached[1] / cached[0] if cached[0] else None,
+            "kv_context": None if pruned.cache is None else pruned.cache.context,
         },
         "kept_units": pruned.kept_units,
         "dropped_layers": [drop.layer for drop in pruned.dropped_layers],
@@ -155,7 +159,7 @@ def recovery_section(
         "blocks": recovered.blocks,
         "seconds": recovered.seconds,
         "generated": None if generated is None else {"answers": generated.answers, "tokens": generated.tokens},
-        "selection_kl_nats_per_token" if recovered.unit == UNITS["causal-lm"] else "selection_divergence": {
+        "selection_kl_nats_per_token" if recovered.unit in (UNITS["causal-lm"], OF_CODES) else "selection_divergence": {
             "baseline": recovered.kl_before,
             "candidate": recovered.kl_after,
         },

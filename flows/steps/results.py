@@ -60,6 +60,15 @@ class AttentionProbe:
 
 
 @dataclass(frozen=True)
+class SequenceCache:
+    """Bytes of the KV cache of a sequence of `context` tokens, before and after pruning."""
+
+    context: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class PrunedCheckpoint:
     """A model before and after pruning.
 
@@ -68,6 +77,7 @@ class PrunedCheckpoint:
         schemes: that the plan quantizes blocks to, by their names.
         kept_units: [kept, of] by block name.
         window, windowed_layers: the tokens that these layers see, or None: as many as before.
+        cache: at the budget's context or the model's, where layers got a window, or None.
         hidden_size: [kept, of], or None: all are kept.
         refinement: of the plan's sizes, or None.
         price: of what budgets chose, or None.
@@ -85,6 +95,7 @@ class PrunedCheckpoint:
     dropped_blocks: list[DroppedBlock]
     window: int | None
     windowed_layers: list[int]
+    cache: SequenceCache | None
     schemes: dict[str, str]
     kept_units: dict[str, list[int]]
     hidden_size: list[int] | None

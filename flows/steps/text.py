@@ -58,6 +58,28 @@ def text_digest(text: Text, part: corpus.Split) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def require_held_out(heldout: Text, calibration: Text, field: str) -> None:
+    """Refuse held-out files, also those in folders, that are calibrated on, too. Raises InputError.
+
+    `field`: that names the calibration text in the message.
+    """
+    judged, calibrated_on = _files(heldout), _files(calibration)
+    sizes = {file.stat().st_size for file in judged}
+    found = {sha256_file(file): file for file in calibrated_on if file.stat().st_size in sizes}
+    copies = [(file, found[digest]) for file in judged if (digest := sha256_file(file)) in found] if found else []
+    if copies:
+        raise InputError(
+            f"{counted(len(copies), 'file')} also in {field}, so not held out; {copies[0][0]} is the same as "
+            f"{copies[0][1]}"
+        )
+
+
+def _files(text: Text) -> list[Path]:
+    """Return the files of a text, without those that are missing."""
+    given = [] if text == EMBEDDED else map(Path, text)
+    return [file for path in given for file in content_of(path) if file.is_file()]
+
+
 def read_text(
     text: Text, part: corpus.Split, tokenizer: PreTrainedTokenizerBase, reading: Reading, tokens: int | None = None
 ) -> list[Document]:

@@ -15,6 +15,7 @@ from numprune.counted import counted
 from numprune.documents import Document
 from numprune.errors import InputError
 from numprune.tasks.causal import Causal
+from numprune.units import OF_CODES
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class ImageCodes(Causal):
     image: int
     context: int
 
+    unit = OF_CODES
     prompted = False
 
     def calibration_rows(

@@ -52,7 +52,8 @@ def _speed(report: Report) -> str:
     name = next((name for name in _SPEEDS if ratios.reading(name, found)), None)
     if name is None:
         return ""
-    where = ", ".join([_RUNTIMES.get(runtime, runtime), *map(names.shape, list(found.shapes)[:1])])
+    shapes = [names.shape(key, images=names.of_images(report)) for key in list(found.shapes)[:1]]
+    where = ", ".join([_RUNTIMES.get(runtime, runtime), *shapes])
     told, label = ratios.reading(name, found), _SPEEDS[name]
     what = label if label == "latency" else f"{label} speed"
     if told == ratios.UNCLEAR:
@@ -85,15 +86,14 @@ def _conclusion(report: Report) -> str:
         [gate for gate in report.verdict.gates if gate.outcome == outcome] for outcome in ("fail", "inconclusive")
     )
     if failed:
-        return (
-            f"outside your limit on {_with_others(failed, f'{rules.seen(failed[0])}, limit {rules.limit(failed[0])}')}"
-        )
+        told = f"{rules.seen(failed[0])}, limit {rules.limit(failed[0])}"
+        return f"outside your limit on {_with_others(report, failed, told)}"
     if undecided:
-        return f"undecided on {_with_others(undecided, undecided[0].reason)}"
+        return f"undecided on {_with_others(report, undecided, undecided[0].reason)}"
     return "within your limits"
 
 
-def _with_others(gates: list[GateResult], told: str) -> str:
+def _with_others(report: Report, gates: list[GateResult], told: str) -> str:
     """The first gate, with its details, and the number of others."""
     others = f", and {len(gates) - 1} more" if len(gates) > 1 else ""
-    return f"{words.metric(gates[0].metric, gates[0].unit)} ({told}){others}"
+    return f"{words.gate(gates[0], report)} ({told}){others}"

@@ -100,7 +100,11 @@ def _pruning(pruning: Pruning) -> list[str]:
         f"{cell(pruning.criterion)} scores, {cell(pruning.allocation)} allocation, {cell(pruning.compensation)} "
         f"compensation. {asked}; removed "
         f"{share(removed.prunable)} of {them} and {share(removed.parameters)} of all parameters"
-        + ("." if removed.kv_bytes is None else f", and {share(removed.kv_bytes)} of the KV cache."),
+        + (
+            "."
+            if removed.kv_bytes is None
+            else f", and {share(removed.kv_bytes)} of the KV cache{words.at_context(removed)}."
+        ),
         "",
         *([*kept, ""] if kept else []),
         *(_attention(pruning.attention) if pruning.attention else []),
@@ -174,7 +178,7 @@ def _quality(quality: Quality) -> list[str]:
         "## Quality",
         "",
         f"{names.measured_on(quality)}{', packed' if quality.packed else ''}; "
-        f"intervals are two-sided, 95 %, over {_units(quality)}.",
+        f"intervals are two-sided, 95 %, over {names.resampled(quality)}{names.too_few(quality)}.",
         "",
         *table(["", "baseline", "candidate", "difference"], _quality_rows(quality)),
         *(_corpora(quality) if quality.corpora else []),
@@ -186,7 +190,7 @@ def _quality(quality: Quality) -> list[str]:
 def _corpora(quality: Quality) -> list[str]:
     """The other corpora; their names show where the first is."""
     header, *rows = names.corpora(quality)
-    return [f"Other held-out text, beside {quality.corpus} above:", "", *table(header, rows)]
+    return [f"Other held-out {names.material(quality)}, beside {quality.corpus} above:", "", *table(header, rows)]
 
 
 def _quality_rows(quality: Quality) -> Iterable[list[str]]:
@@ -200,12 +204,13 @@ def _quality_rows(quality: Quality) -> Iterable[list[str]]:
             yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), changed]
         return
     before, after = one.nll_nats_per_token, other.nll_nats_per_token
-    yield ["NLL, nats per token", figure(before), figure(after), estimate(quality.loss_delta)]
+    per = quality.loss_delta.unit.replace("/", " per ")
+    yield [f"NLL, {per}", figure(before), figure(after), estimate(quality.loss_delta)]
     yield from _recovery_rows(quality)
     if quality.quantization_loss_delta:
         yield ["of which by quantization", "", "", estimate(quality.quantization_loss_delta)]
     yield ["perplexity", figure(one.perplexity), figure(other.perplexity), f"ratio {estimate(ratio)}"]
-    yield ["KL from the baseline, nats per token", "", figure(quality.kl_nats_per_token), ""]
+    yield [f"KL from the baseline, {per}", "", figure(quality.kl_nats_per_token), ""]
     yield ["top-1 agreement with the baseline", "", share(quality.top1_agreement), ""]
 
 
@@ -234,11 +239,6 @@ def _recovery_rows(quality: Quality) -> Iterable[list[str]]:
         loss = figure(quality.pruned.nll_nats_per_token) if quality.candidate else ""
         yield ["before training", "", loss, estimate(quality.pruned.loss_delta)]
         yield ["of which by training", "", "", estimate(quality.recovery_loss_delta)]
-
-
-def _units(quality: Quality) -> str:
-    few = quality.loss_delta.sampling_unit == "window"
-    return names.resampled(quality) + (": there are too few documents, so they hold for this text only" if few else "")
 
 
 def _generation(found: Generation) -> list[str]:

@@ -9,10 +9,12 @@ from numprune.serving.report.models import Percentiles, Ratio, Report, RuntimeSp
 
 
 def speed_sections(report: Report) -> list[str]:
-    lines = []
+    lines, images = [], names.of_images(report)
     for runtime, speed in report.speed.items():
         levels = [(f"{runtime}, {level} at a time", found, "") for level, found in speed.concurrency.items()]
-        levels += [(f"{runtime}, {names.shape(shape)}", found, shape) for shape, found in speed.shapes.items()]
+        levels += [
+            (f"{runtime}, {names.shape(shape, images=images)}", found, shape) for shape, found in speed.shapes.items()
+        ]
         for name, found, shape in levels or [(runtime, speed, "")]:
             lines += [
                 f"## Speed, {name}",

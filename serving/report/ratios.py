@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from numprune.serving.report import words
+from numprune.serving.report import names, words
 from numprune.serving.report.models import Report, RuntimeSpeed
 
 UNCLEAR, TOO_NOISY = "no clear difference", "too noisy to measure"
@@ -36,7 +36,7 @@ _COUNTED = {"output_tokens_per_s": "output tokens", "decode_tokens_per_s": "deco
 
 
 class Cost(NamedTuple):
-    """The cost of a million tokens, in the currency of the price; None if throughput was not measured."""
+    """The cost of a million tokens or images, in the currency of the price; None if throughput was not measured."""
 
     tokens: str
     baseline: float | None
@@ -49,12 +49,16 @@ def cost(report: Report, found: RuntimeSpeed, shape: str = "") -> Cost | None:
     For a server, output tokens are counted over the whole load; otherwise over decoding alone.
 
     Args:
-        shape: of an encoder, like `8x128`, whose throughput is in texts.
+        shape: of an encoder, like `8x128`, whose throughput is in texts or images.
     """
     price, one, other = report.price_per_hour, found.baseline, found.candidate
     name = next((name for name in _COUNTED if getattr(one, name) is not None), None)
     if price is None or name is None or (name == "samples_per_s" and not shape):
         return None
-    count = int(shape.split("x")[1]) if name == "samples_per_s" else 1  # tokens per text
+    images = names.of_images(report)
+    count = int(shape.split("x")[1]) if name == "samples_per_s" and not images else 1  # tokens per text
     rates = [getattr(side, name) for side in (one, other)]
-    return Cost(_COUNTED[name], *(price / 3600 * 1e6 / (rate * count) if rate else None for rate in rates))
+    return Cost(
+        "images" if images else _COUNTED[name],
+        *(price / 3600 * 1e6 / (rate * count) if rate else None for rate in rates),
+    )

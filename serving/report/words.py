@@ -5,7 +5,7 @@ import re
 
 from numprune.serving.report import names
 from numprune.serving.report.kept import listed
-from numprune.serving.report.models import LatencyBudget, Pruning, ReportedEstimate
+from numprune.serving.report.models import GateResult, LatencyBudget, Pruning, RatioRemoved, Report, ReportedEstimate
 
 ABSENT = "–"  # noqa: RUF001
 NARROW = "\N{NARROW NO-BREAK SPACE}"
@@ -36,6 +36,7 @@ _METRICS = {
 
 _LOSSES = {  # by unit; a classifier's nats/text can be either of two losses
     "nats/token": "NLL difference",
+    "nats/code": "NLL difference",
     "nats/masked token": "NLL difference",
     "1 - cosine": "Distance from baseline",
 }
@@ -76,8 +77,11 @@ _TASK = re.compile(r"tasks\.(?P<task>[A-Za-z0-9_-]+)\.(?P<metric>[A-Za-z0-9_-]+)
 _MEMORY = {"peak_bytes": "Peak memory, ratio", "kv_tokens": "Tokens in the KV cache, ratio"}
 
 
-def metric(path: str, unit: str | None = None) -> str:
-    """Return a readable name for a metric's dotted path, with its unit, or the path itself."""
+def metric(path: str, unit: str | None = None, *, images: bool = False) -> str:
+    """Return a readable name for a metric's dotted path, with its unit, or the path itself.
+
+    `images`: a batch consists of images, not of texts.
+    """
     if path == "quality.loss_delta":
         return f"{_LOSSES.get(unit, 'Loss')}, {unit}" if unit else "Loss"
     if path in _METRICS:
@@ -87,13 +91,18 @@ def metric(path: str, unit: str | None = None) -> str:
         return f"{names.METRICS[found['name']]}{of_baseline}"
     if (found := _SPEED.fullmatch(path)) and found["name"] in LATENCIES | RATES | ENERGY:
         level = f", {found['level']} at a time" if found["level"] else ""
-        level += f", {names.shape(found['shape'])}" if found["shape"] else ""
+        level += f", {names.shape(found['shape'], images=images)}" if found["shape"] else ""
         return f"{named(found['name'])}, ratio ({found['runtime']}{level})"
     if found := _PEAK.fullmatch(path):
         return f"{_MEMORY[found['name']]} ({found['runtime']})"
     if found := _TASK.fullmatch(path):
         return f"Accuracy difference ({found['task']}, {found['metric']})"
     return path
+
+
+def gate(found: GateResult, report: Report) -> str:
+    """The name of a gate's metric in a report."""
+    return metric(found.metric, found.unit, images=names.of_images(report))
 
 
 def named(name: str) -> str:
@@ -170,6 +179,11 @@ def window(found: Pruning) -> str:
     asked = f", for {printable(found.sequence_budget_asked)}" if found.sequence_budget_asked else ""
     layers = "layer" if len(found.windowed_layers) == 1 else "layers"
     return f"{found.window:,} tokens in {layers} {listed(found.windowed_layers)}{asked}"
+
+
+def at_context(removed: RatioRemoved) -> str:
+    """Where the share of the KV cache that was removed depends on the context: at which."""
+    return "" if removed.kv_context is None else f" at {removed.kv_context:,} tokens"
 
 
 def latency(found: LatencyBudget) -> str:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -358,17 +359,37 @@ def shown(sheet: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet))))
 
 
-def test_the_digits_generator_is_trained_and_its_images_are_read(tmp_path: Path) -> None:
+def test_the_digits_generator_is_trained_and_its_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn.datasets")
-    (tmp_path / "out").mkdir()
-    found = digits.train(tmp_path / "out", steps=4, batch_size=8, learning_rate=1e-2, seed=0)
-    assert found["heldout_nll_nats_per_code"] < np.log(17)
+    build, threads, used = digits.build_model, torch.get_num_threads(), set()
+
+    def watched() -> torch.nn.Module:
+        model = build()
+        model.register_forward_hook(lambda *_: used.add(torch.get_num_threads()))
+        return model
+
+    monkeypatch.setattr(digits, "build_model", watched)
+    words = [str(tmp_path / "out"), "--steps", "4", "--batch-size", "8", "--learning-rate", "1e-2"]
+    monkeypatch.setattr(sys, "argv", ["images", *words])
+    torch.set_num_threads(2)
+    try:
+        assert digits.main() == 0
+        assert (used, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().err
+    assert digits.main() == 1
+    assert "already exists; choose another folder or remove it" in capsys.readouterr().err
     model, _ = checkpoint.load(tmp_path / "out" / "model")
     held_out = load_file(tmp_path / "out" / "heldout.safetensors")
     train = load_file(tmp_path / "out" / "train.safetensors")
     assert (len(held_out["codes"]), len(train["codes"])) == (500, 1297)
     rows = digits.rows_of(held_out["codes"], held_out["labels"])
-    assert digits.mean_nll(model, rows) == pytest.approx(found["heldout_nll_nats_per_code"], rel=1e-5)
+    nll = digits.mean_nll(model, rows)
+    assert nll < np.log(17)
+    assert f"held-out NLL {nll:.4f} nats per code" in said
     drawn = load_decoder(tmp_path / "out" / "model", model.config, None, torch.device("cpu"))
     assert drawn is not None
     picture = drawn.pictures(torch.tensor([[0, 16] * 32]))

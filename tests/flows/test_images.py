@@ -79,7 +79,7 @@ def test_an_image_classifier_is_inspected_pruned_and_evaluated(numprune: Command
     made = numprune("prune", base, out, "--ratio", 0.25, "--allocation", "error", *calibration, "--json").json
     assert made["prunable_ratio_removed"] == pytest.approx(0.25, abs=0.05)
     card = (out / "README.md").read_text()
-    assert "20 images of 17 tokens" in card
+    assert "| calibration | 20 images |" in card
     assert "AutoImageProcessor" in card
     assert "pipeline_tag: image-classification" in card
 
@@ -198,7 +198,7 @@ def test_what_a_recipe_cannot_do_with_images_is_refused_before_any_work(vit: Pat
 
 def test_gates_on_labels_that_no_image_has_are_refused_before_any_work(vit: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 6)
-    train = write_images(tmp_path / "animals", 24, ["cat", "dog"])  # calibration needs no classes of the model
+    train = write_images(tmp_path / "animals", 24, ["cat", "dog"], seed=1)  # calibration needs no classes of the model
     asked = recipe.load(vit / "recipe.toml", [f'data.heldout=["{tmp_path / "flat"}"]', f'data.calibration=["{train}"]'])
     with pytest.raises(InputError) as caught:
         check(asked, tmp_path / "w")
@@ -243,6 +243,16 @@ def test_classes_are_read_as_checkpoints_write_them(
     rows = heldout_rows([images], None, [base], Reading())
     section = compare_checkpoints([other], base, rows, torch.device("cpu"))[0]
     assert {(one["baseline"], one["candidate"]) for one in section["changed"]} == {("cat", shown)}
+
+
+def test_an_image_that_is_calibrated_on_is_not_held_out(vit: Path, tmp_path: Path) -> None:
+    heldout = shutil.copytree(vit / "heldout", tmp_path / "heldout")
+    shutil.copy(vit / "train" / "LABEL_0" / "000.png", heldout / "LABEL_1" / "copy.png")
+    corpora = f'data.heldout={{ one = ["{vit / "heldout"}"], other = ["{heldout}"] }}'
+    said = r"data\.heldout\.other: 1 file also in data\.calibration, so not held out; .*copy\.png is the same as .*"
+    with pytest.raises(InputError, match=said + r"000\.png") as caught:
+        check(recipe.load(vit / "recipe.toml", [corpora]), tmp_path / "w")
+    assert "1 problem" in str(caught.value)
 
 
 def test_duplicates_among_held_out_images_are_counted_in_a_warning(

@@ -16,9 +16,12 @@ from numprune.flows.steps.export import export_and_prove
 from numprune.flows.steps.prune import options_of, prune_checkpoint
 from numprune.flows.steps.report import pruning_section
 from numprune.plans import PLAN_FILE, read_plan
-from numprune.serving.report import Pruning, words
+from numprune.serving.report import Pruning, Report, markdown, page, words
 from numprune.spans import full_layers
 from tests.flows.conftest import Answered
+from tests.serving.conftest import COMPLETE
+from tests.serving.pages import Parsed
+from tests.serving.test_headline import plain
 
 Command = Callable[..., Answered]
 WINDOW = ("--window", 8, "--window-layers", 1, "--samples", 8, "--sequence-length", 64)
@@ -83,10 +86,20 @@ def test_the_forecast_and_the_report(tiny: Path, tmp_path: Path) -> None:
         forecast.text(found)
     )
 
+    narrow = ["prune.window=8", "prune.window_layers=1", "prune.ratio=0.199", "prune.axes=['kv-groups']"]
+    line = f"KV cache at 256 tokens {cache:,} → "
+    for allocation, left in (("uniform", f"{cache * (256 + 8) // 1024:,} bytes"), ("error", "at most ")):
+        both = recipe.load(tiny / "recipe.toml", [*narrow, f"prune.allocation={allocation}"])
+        assert f"{line}{left}" in forecast.text(forecast.forecast(both, tmp_path / "w"))
+
     options = options_of(asked.prune, asked.sizes(), tiny / "base", "none")
     rows = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
     facts = prune_checkpoint(tiny / "base", rows, options, tmp_path / "pruned", torch.device("cpu"))
     section = Pruning.model_validate(pruning_section(asked.prune, None, facts))
+    assert (section.ratio_removed.kv_bytes, section.ratio_removed.kv_context) == (1 - (256 + 8) / 512, 256)
+    report = Report.model_validate({**COMPLETE, "pruning": section.model_dump()})
+    assert "48.4 % of the KV cache at 256 tokens." in plain(markdown(report))
+    assert "KV cache removed 48.4 % at 256 tokens" in plain(Parsed(page.html(report)).text)
     assert words.window(section) == f"8 tokens in layer {facts.windowed_layers[0]}"
 
 

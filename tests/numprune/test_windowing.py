@@ -257,6 +257,15 @@ def test_impossible_windows_are_refused_before_any_work(family, changes, message
         check_options(anatomy, replace(ALONE, **changes))
 
 
+def test_windows_beside_those_of_every_layer_are_refused():
+    anatomy = read_anatomy(build("mistral", sliding_window=24).config)
+    for window in (WINDOW, 24):
+        with pytest.raises(
+            InputError, match=f"window is {window}: every layer of the model already has a window of 24;"
+        ):
+            check_options(anatomy, replace(ALONE, window=window))
+
+
 def test_rows_that_do_not_reach_beyond_the_window_are_refused(llama):
     with pytest.raises(InputError, match="window is 6, and rows of 6 tokens do not reach beyond it"):
         prune(llama, ROWS[:, :6], ALONE)

@@ -87,6 +87,12 @@ def plain(text: str) -> str:
             "25 % smaller, latency 1.25x lower (ONNX Runtime, 1 x 128 tokens), KL from baseline 0.020 "
             "(nats/text): within your limits.",
         ),
+        (
+            encoder("image-classification"),
+            [{"metric": "speed.onnxruntime.shapes.8x128.latency.ratio", "bound": "point", "max": 0.5}],
+            "25 % smaller, latency 1.25x lower (ONNX Runtime, 1 image), NLL difference +0.020 (nats/image): outside "
+            "your limit on Latency of a batch, ratio (onnxruntime, 8 images) (value 0.800, limit ≤ 0.5).",
+        ),
     ],
 )  # fmt: skip
 def test_a_report_starts_with_one_sentence(data: Json, policy: Any, sentence: str) -> None:
@@ -148,6 +154,7 @@ def test_a_price_per_hour_gives_the_cost_of_tokens() -> None:
     for data, row in (
         (local(), "| cost per million decoded tokens | 10 | 8 |"),
         (full(), "| cost per million output tokens | 10 | 8.333 |"),
+        (encoder("image-classification"), "| cost per million images | 10 | 8 |"),
         (encoder(), "| cost per million tokens | 0.07812 | 0.0625 |"),  # 100 and 125 texts/s of 128 tokens
     ):
         priced = Report.model_validate({**data, "price_per_hour": 3.6})

@@ -335,7 +335,7 @@ def test_the_markdown_says_when_intervals_are_over_windows(report_json: Any, doc
     few_documents(report_json, documents)
     page = reports.markdown(Report.model_validate(report_json))
     assert told in page
-    assert "over 40 windows: there are too few documents, so they hold for this text only." in page
+    assert "over 40 windows: there are too few documents to resample, so they hold for this text only." in page
 
 
 # --- the machine -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ SHEET = base64.b64encode(b"\x89PNG\r\n\x1a\n stands for a picture").decode()
 def images(**changed: object) -> Json:
     data = full()
     data["quality"]["generation"] = None
+    data["quality"]["loss_delta"]["unit"] = "nats/code"
     data["quality"]["classes"] = [
         {"label": 3, "images": 40, "baseline": 1.25, "candidate": 1.5},
         {"label": 7, "images": 60, "baseline": 1.0, "candidate": 2.0},
@@ -44,6 +45,17 @@ def test_samples_and_the_classes_that_lost_most_are_shown() -> None:
     assert text.index("+1.00") < text.index("+0.250")  # class 7 lost more than class 3
     assert "KL of guided distributions, nats/code | 0.0625" in markdown(report)
     assert [command for command in next_commands(report) if "serve" in command] == []
+
+
+def test_an_image_generator_is_measured_on_codes_of_images() -> None:
+    report = judged(images(), [{"metric": "quality.loss_delta", "bound": "ci95_upper", "max": 0.25}])
+    shown, text = Parsed(page.html(report)).text, markdown(report)
+    assert "On 5,000 codes of 40 held-out images, candidate minus baseline, paired by code." in shown
+    assert "5,000 codes of 40 held-out images; intervals are two-sided, 95 %, over 40 images." in text
+    for told in ("Quality on held-out images", "NLL, nats/code", "Images that lost most", "NLL difference, nats/code:"):
+        assert told in shown
+    assert "nats/token" not in shown + text
+    assert "document" not in text
 
 
 def test_without_colours_the_page_says_why_there_is_no_picture() -> None:

@@ -11,7 +11,7 @@ from numprune.documents import Document, read_documents
 from numprune.flows.recipe import Recipe
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.generate import encoded, read_prompts
-from numprune.flows.steps.text import read_images
+from numprune.flows.steps.text import read_images, require_held_out
 from numprune.generation import encode
 from numprune.pictures import Picture
 from numprune.recovery.rows import require_others
@@ -38,6 +38,7 @@ def judged_items(
     fields = {"data.calibration": data.calibration, **data.heldout_fields}
     if anatomy is not None and anatomy.image is not None:
         images = {field: collect(field, read_images, text, data.reading()) for field, text in fields.items()}
+        _held_out(recipe, images, collect)
         images.pop("data.calibration")  # needs no labels
         for field, found in images.items():
             if found and isinstance(task, ImageClassification):
@@ -48,6 +49,7 @@ def judged_items(
     render = renderer(tokenizer) if data.chat else None
     texts = {field: text for field, text in fields.items() if isinstance(text, list)}
     read = {field: collect(field, read_documents, files, data.split, render) for field, files in texts.items()}
+    _held_out(recipe, read, collect)
     trained = read.pop("data.calibration", None) or []
     if recipe.recover.method != "none":
         trained = [*trained, *_prompts(recipe, tokenizer, collect)]
@@ -55,6 +57,13 @@ def judged_items(
         for field, judged in read.items():
             collect(field, require_others, trained, judged or [])
     return read
+
+
+def _held_out(recipe: Recipe, read: Mapping[str, object], collect: Collect) -> None:
+    """Refuse held-out files that are also calibrated on; `read`: what could be read, by field."""
+    for field, text in recipe.data.heldout_fields.items():
+        if read.get(field) and read.get("data.calibration"):
+            collect(field, require_held_out, text, recipe.data.calibration, "data.calibration")
 
 
 def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, collect: Collect) -> list[Document]:

@@ -24,21 +24,19 @@ from tqdm import tqdm
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
-from numprune.counted import counted
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import locks
 from numprune.export.checkpoint import read_config
-from numprune.export.manifest import folder_digest, sha256_file
+from numprune.export.manifest import folder_digest
 from numprune.flows import children, stages
 from numprune.flows.stages import Artifact, Stage, StageResult, Text
-from numprune.flows.steps.text import text_digest
+from numprune.flows.steps.text import named, require_held_out, text_digest
 from numprune.flows.studies.compare import steps
 from numprune.flows.studies.compare.methods import reads_dense_moments, reads_gradients
 from numprune.flows.studies.compare.plot import as_svg
 from numprune.flows.studies.compare.steps import SharedPass
 from numprune.flows.studies.compare.table import Conditions, Row, Table, as_csv, as_markdown
-from numprune.pictures import files_of
 from numprune.units import LOSS_UNITS
 
 R = TypeVar("R")
@@ -88,7 +86,9 @@ def compare(request: Request) -> Table:
         InputError: invalid text, model or options, or another comparison is running in `request.out`.
         NumpruneError: names the methods that failed, after all others have run and been written.
     """
-    _check_text(request)
+    if request.heldout:
+        with named("--heldout"):
+            require_held_out(request.heldout, request.text, "--text")
     with _alone(request.out):
         stages.sweep(request.out)
         run = _Comparison(request)
@@ -245,24 +245,6 @@ class _Comparison:
 
     def _make(self, stage: Stage[R]) -> StageResult[R]:
         return children.call(stages.run_stage, self._request.out, stage)
-
-
-def _check_text(request: Request) -> None:
-    """Refuse held-out text, or a held-out image, that is also calibrated on. Raises InputError."""
-    calibration, heldout = (_files(text) for text in (request.text, request.heldout))
-    calibrated_on = {sha256_file(file): file for file in calibration}
-    copies = [file for file in heldout if sha256_file(file) in calibrated_on]
-    if copies:
-        raise InputError(
-            f"--heldout: {counted(len(copies), 'file')} also in --text, so not held out; {copies[0]} is the same as "
-            f"{calibrated_on[sha256_file(copies[0])]}"
-        )
-
-
-def _files(text: str | list[str] | None) -> list[Path]:
-    """Return the files of a text, and the images in its folders."""
-    paths = [Path(path) for path in text] if isinstance(text, list) else []
-    return [file for path in paths for file in (files_of(path) if path.is_dir() else [path] if path.is_file() else [])]
 
 
 @contextmanager

@@ -90,11 +90,15 @@ class Environment(Model):
 
 
 class RatioRemoved(Model):
-    """Shares removed, in [0, 1]."""
+    """Shares removed, in [0, 1].
+
+    `kv_bytes`: of the KV cache; where layers got a window, of that of a sequence of `kv_context` tokens.
+    """
 
     prunable: Number = None
     parameters: Number = None
     kv_bytes: Number = None
+    kv_context: Count | None = None
 
 
 class AttentionMaps(Model):

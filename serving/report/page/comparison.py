@@ -238,7 +238,7 @@ def _gates(found: Sequence[Entry]) -> Section:
     for entry in found:
         for gate in entry.report.verdict.gates if entry.report.verdict else ():
             cell = Cell(f"{MARKS[gate.outcome]} {gate.outcome}", words.number(judged(gate), 3), gate.outcome)
-            rules.setdefault((words.metric(gate.metric, gate.unit), rule(gate)), {})[entry.letter] = cell
+            rules.setdefault((words.gate(gate, entry.report), rule(gate)), {})[entry.letter] = cell
     if not rules:
         return Section("gates", "Gates", [Text("No report was judged.", "absent")])
     rows: list[list[Cell | str]] = [

@@ -27,14 +27,14 @@ def section(report: Report) -> Section:
             Text(f"One of {report.candidates:,} candidates: the bounds are wide enough for choosing the best of them.")
         )
     for index, gate in enumerate(gates[:_MAXIMUM]):
-        blocks += _gate(index, gate, bounds)
+        blocks += _gate(index, gate, words.gate(gate, report), bounds)
     if len(gates) > _MAXIMUM:
         blocks.append(Text(f"{len(gates) - _MAXIMUM} more gates are in report.json.", "absent"))
     return Section("gates", "Gates", blocks)
 
 
-def _gate(index: int, gate: GateResult, bounds: str) -> Iterator[Block]:
-    yield Heading(f"{MARKS[gate.outcome]} {words.metric(gate.metric, gate.unit)}: {gate.outcome}")
+def _gate(index: int, gate: GateResult, name: str, bounds: str) -> Iterator[Block]:
+    yield Heading(f"{MARKS[gate.outcome]} {name}: {gate.outcome}")
     items: list[tuple[str, Cell | str]] = [
         ("Rule", rule(gate)),
         ("Value", words.number(gate.value) if gate.value is not None else "not measured"),
@@ -51,17 +51,15 @@ def _gate(index: int, gate: GateResult, bounds: str) -> Iterator[Block]:
         ("Metric", gate.metric),
     ]
     facts = Facts(items)
-    drawn = _drawn(index, gate)
+    drawn = _drawn(index, gate, name)
     yield Pair([drawn], [facts]) if drawn else facts
 
 
-def _drawn(index: int, gate: GateResult) -> Chart | None:
+def _drawn(index: int, gate: GateResult, name: str) -> Chart | None:
     value = gate.max if gate.max is not None else gate.min
     if value is None or judged(gate) is None:
         return None
-    title = f"{words.metric(gate.metric, gate.unit)}: {words.number(gate.value)}" + (
-        f", bounds {words.span(*gate.interval)}" if gate.interval else ""
-    )
+    title = f"{name}: {words.number(gate.value)}" + (f", bounds {words.span(*gate.interval)}" if gate.interval else "")
     drawn = charts.intervals(
         f"gate-{index}",
         f"{title}; {rule(gate)}: {gate.outcome}.",

@@ -10,7 +10,6 @@ from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folde
 from numprune.serving.report.page.charts import Interval, Limit
 
 _METRIC = "quality.loss_delta"
-_TOO_FEW = ": there are too few documents to resample, so they hold for this text only"
 
 
 def section(report: Report) -> Section:
@@ -24,7 +23,7 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
     yield Text(
         f"On {names.measured_on(found)}{', packed' if found.packed else ''}, {against}, paired by "
         f"{names.paired_by(found)}. Intervals are two-sided, 95\N{NO-BREAK SPACE}%, by bootstrap over "
-        f"{names.resampled(found)}{_TOO_FEW if _few(found) else ''}."
+        f"{names.resampled(found)}{names.too_few(found)}."
     )
     table = Table(
         f"Quality on held-out {names.material(found)}", ("", "Baseline", "Candidate", "Difference"), list(_rows(found))
@@ -38,17 +37,16 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
     yield from changed.blocks(found)
     if found.corpora:
         header, *rows = names.corpora(found)
-        yield Table(f"Other held-out text, beside {found.corpus} above", tuple(header), [[*row] for row in rows])
+        yield Table(
+            f"Other held-out {names.material(found)}, beside {found.corpus} above",
+            tuple(header),
+            [[*row] for row in rows],
+        )
     if found.generation is not None:
         yield from generation.blocks(found.generation)
     yield from images.classes(found.classes)
     if found.images is not None:
         yield from images.blocks(found.images)
-
-
-def _few(found: Quality) -> bool:
-    """Whether there are too few documents to resample and to draw a distribution."""
-    return found.loss_delta.sampling_unit == "window"
 
 
 def _difference(found: Quality, limit: Limit | None) -> Chart | None:
@@ -77,7 +75,8 @@ def _rows(found: Quality) -> Iterator[list[Cell | str]]:
             changed: Cell | str = Cell(words.signed(change.value), words.interval(change)) if change else ""
             yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), changed]
         return
-    yield ["NLL, nats/token", words.number(one.nll_nats_per_token), words.number(other.nll_nats_per_token), delta]
+    unit = found.loss_delta.unit
+    yield [f"NLL, {unit}", words.number(one.nll_nats_per_token), words.number(other.nll_nats_per_token), delta]
     yield from _recovery_rows(found)
     if quantized := found.quantization_loss_delta:
         yield ["of which by quantization", "", "", Cell(words.signed(quantized.value), words.interval(quantized))]
@@ -87,7 +86,7 @@ def _rows(found: Quality) -> Iterator[list[Cell | str]]:
         words.number(other.perplexity),
         Cell(words.times(ratio.value), words.interval(ratio, 4)),
     ]
-    yield ["KL from baseline, nats/token", "", words.number(found.kl_nats_per_token, 3), ""]
+    yield [f"KL from baseline, {unit}", "", words.number(found.kl_nats_per_token, 3), ""]
     yield ["Top-1 agreement", "", words.share(found.top1_agreement), ""]
 
 
@@ -109,9 +108,9 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
         [Cell(one.name, tone="code"), f"{one.tokens:,}", words.signed(one.loss_delta)] for one in apart.worst
     ]
     loss, unit = names.loss(found), found.loss_delta.unit
-    what = names.document(found)
-    header = (what.capitalize(), "Images" if what == "image" else "Tokens", f"{loss}, {unit}")
-    if _few(found):
+    what, few = names.document(found), names.too_few(found)
+    header = (what.capitalize(), names.counted_as(found), f"{loss}, {unit}")
+    if few:
         return None, [Table(f"{what.capitalize()}s", header, rows)] if len(rows) > 1 else []
     values = apart.values
     worse = words.share(sum(value > 0 for value in values) / len(values))

@@ -56,18 +56,21 @@ def served(report: Report) -> Section | None:
 
 def _by_shape(report: Report, name: str, found: RuntimeSpeed, said: str) -> Iterator[Block]:
     """An encoder: all shapes in one table, with details on demand."""
-    shapes = dict(islice(found.shapes.items(), _MAXIMUM_SHAPES))
+    shapes, images = dict(islice(found.shapes.items(), _MAXIMUM_SHAPES)), names.of_images(report)
     rows: list[list[Cell | str]] = []
     for shape, measured in shapes.items():
         before, after = measured.baseline.latency_ms, measured.candidate.latency_ms
         sides = [_percentiles(side) for side in (before, after)]
-        rows.append([names.shape(shape), *sides, _ratio("latency", measured), _ratio("samples_per_s", measured)])
+        rows.append(
+            [names.shape(shape, images=images), *sides, _ratio("latency", measured), _ratio("samples_per_s", measured)]
+        )
     header = ("Batch", "Baseline, ms", "Candidate, ms", "Latency ratio", "Throughput ratio")
-    yield Table(f"A forward pass, {name}: median latency by texts in a batch and tokens of each", header, rows)
+    by = "images in a batch" if images else "texts in a batch and tokens of each"
+    yield Table(f"A forward pass, {name}: median latency by {by}", header, rows)
     if len(found.shapes) > _MAXIMUM_SHAPES:
         yield Text(f"{len(found.shapes) - _MAXIMUM_SHAPES} more shapes are in report.json.", "absent")
     for shape, measured in shapes.items():
-        title = f"{name}, {names.shape(shape)}"
+        title = f"{name}, {names.shape(shape, images=images)}"
         cost = ratios.cost(report, measured, shape)
         yield Folded(title, list(_measured(f"speed-{name}-{shape}", title, measured, said, cost)))
 

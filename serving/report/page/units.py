@@ -35,6 +35,7 @@ def _asked(found: Pruning) -> tuple[str, str]:
 
 def _blocks(found: Pruning) -> list[Block]:
     removed, dropped = found.ratio_removed, found.dropped_layers
+    cached = f"{words.share(removed.kv_bytes)}{words.at_context(removed)}"
     facts = Facts(
         [
             ("Criterion", found.criterion),
@@ -45,7 +46,7 @@ def _blocks(found: Pruning) -> list[Block]:
                 "Removed",
                 f"{words.share(removed.prunable)} of prunable, {words.share(removed.parameters)} of all parameters",
             ),
-            *([("KV cache removed", words.share(removed.kv_bytes))] if removed.kv_bytes is not None else []),
+            *([("KV cache removed", cached)] if removed.kv_bytes is not None else []),
             *([("Layers dropped", listed(dropped))] if dropped else []),
             *([("Attention window", window)] if (window := words.window(found)) else []),
             *([("Hidden size", "{1:,} → {0:,}".format(*found.hidden_size))] if found.hidden_size else []),

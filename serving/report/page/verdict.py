@@ -63,7 +63,7 @@ def verdict(report: Report) -> Verdict:
         headline=HEADLINES[outcome],
         why=headline(report),
         commands=list(next_commands(report)),
-        lines=[_line(gate) for gate in gates[:_MAXIMUM_LINES]],
+        lines=[_line(gate, words.gate(gate, report)) for gate in gates[:_MAXIMUM_LINES]],
         more=max(0, len(gates) - _MAXIMUM_LINES),
         tiles=list(_tiles(report)),
     )
@@ -73,8 +73,7 @@ def outcome_of(report: Report) -> str:
     return report.verdict.outcome if report.verdict else "not judged"
 
 
-def _line(gate: GateResult) -> Line:
-    name = words.metric(gate.metric, gate.unit)
+def _line(gate: GateResult, name: str) -> Line:
     return Line(gate.outcome, MARKS[gate.outcome], name, rules.seen(gate), rules.limit(gate))
 
 
