@@ -2,7 +2,8 @@
 
 The reference runs every row alone and without padding in PyTorch, float32. The candidate runs the same rows in batches,
 including ragged ones padded on the left, and is fed the reference's greedy tokens, so each position has one right
-answer. A difference above the tolerance raises ParityError.
+answer. A difference above the tolerance raises ParityError. If a model has attention windows, one more prompt reaches
+beyond them; of a long prompt, only the last position is compared, and the tokens after it.
 
 Each prompt has its own tolerance: `FLOOR`, which most exports stay far below. If hidden values are large, rounding
 alone can exceed it. The reference then runs that prompt again in float64, and the tolerance is `FACTOR` times the
@@ -18,15 +19,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from numprune.anatomy import read_anatomy
 from numprune.errors import InputError, ParityError
 from numprune.export import compressed_tensors, float64, manifest, noise
+from numprune.export.config import read_config
 from numprune.export.noise import Noise
-from numprune.export.parity_reference import Case, Row, run_reference
+from numprune.export.parity_reference import Case, Row, run_reference, window_of
 from numprune.export.precision import FLOAT32
 from numprune.export.runtimes import Runtime, open_runtime
 from numprune.export.runtimes.torch_eager import TorchRuntime
@@ -111,7 +114,9 @@ def check(
         share of positions with the same most probable token), positions, the worst position and the tolerance of its
         prompt, `prompts` (errors, tolerance and criterion of each: "floor", "float32 error" or "bfloat16 noise") and
         the settings of the run. If judged by noise, the tolerance refers to the 99th percentile, and `noise` and
-        `noise_floor` contain the mean, too. `rounded` states what a quantized export rounds.
+        `noise_floor` contain the mean, too. `rounded` states what a quantized export rounds. `window`: the smallest
+        attention window of a model that has some, and `beyond_window`: whether a prompt was longer. A prompt beyond a
+        window of more than 2,048 tokens, or of a large model, would take too long.
 
     Raises:
         ParityError: an error above the tolerance, a value that is not finite, a missing position, or logits so flat (or
@@ -121,13 +126,15 @@ def check(
     """
     if decode_steps < LEAST_DECODE_STEPS:
         raise InputError(f"decode_steps={decode_steps}: at least {LEAST_DECODE_STEPS} are needed")
-    rounded = manifest.verify(candidate).facts.get("rounded") if (candidate / manifest.FILE_NAME).exists() else None
+    facts = manifest.verify(candidate).facts if (candidate / manifest.FILE_NAME).exists() else {}
+    rounded = facts.get("rounded")
+    longest = cast("int | None", facts.get("max_length"))  # of a TensorRT engine
     # Between two checkpoints, activations are not rounded: the last digit can decide the rounding step, and
     # format_parity.py compares the scheme.
     rounds_inputs = not rounded and runtime != "torch"
     open_reference = partial(TorchRuntime, reference, device=device, rounds_inputs=rounds_inputs)
     cases, rows, described = run_reference(
-        open_reference(threads=threads), reference, prompts, batch_sizes, prompt_length, decode_steps
+        open_reference(threads=threads), reference, prompts, batch_sizes, prompt_length, decode_steps, longest
     )
     for row in rows:
         _require_contrast(reference, row, Allowed(floor, None))
@@ -153,6 +160,7 @@ def check(
     largest = max(range(len(rows)), key=lambda index: found[index].error) if judged_in == FLOAT32 else worst
     place = found[largest].worst
     assert place is not None  # every row has positions
+    window = window_of(read_anatomy(read_config(reference)))
     values, positions = sum(one.values for one in found), sum(one.positions for one in found)
     return {
         "runtime": runtime,
@@ -182,6 +190,7 @@ def check(
         ],
         "batches": [{"batch_size": case.batch_size, "padded": case.padded} for case in cases],
         "prompt_length": len(rows[0].prompt),
+        **({"window": window, "beyond_window": max(len(row.prompt) for row in rows) > window} if window else {}),
         "decode_steps": decode_steps,
         "reference": described,
         "candidate": ran,
@@ -207,7 +216,7 @@ def _allowed(
     float64.in_float64(model)
     for index in exceeded:
         row = rows[index]
-        exact = float64.logits(model, torch.cat([row.prompt, row.greedy]))
+        exact = float64.logits(model, torch.cat([row.prompt, row.greedy]))[row.first :]
         logits = row.logits.double()
         error = max(
             float((logits - exact).abs().max()),
@@ -225,7 +234,8 @@ def _allowed_noise(runtime: Runtime, reference: Path, rows: Sequence[Row], dtype
     """
     allowed = []
     for row in rows:
-        floor = noise.of_logits(row.logits, runtime.prefill(torch.cat([row.prompt, row.greedy])[None])[0])
+        found = runtime.prefill(torch.cat([row.prompt, row.greedy])[None])[0, row.first :]
+        floor = noise.of_logits(row.logits, found)
         spread = float(row.logits.std(dim=-1).min())
         if not spread > noise.CONTRAST * noise.FACTOR * floor.mean:
             # A quantized checkpoint is computed in its own precision.
@@ -287,18 +297,19 @@ def _compare_case(
         mask[index, width - len(row.prompt) :] = 1
     vocabulary = batch[0].logits.shape[-1]
     differences = [found[index] for index in case.rows]
-    logits = runtime.prefill(tokens, mask if case.padded else None)
-    _require_shape(logits, (len(batch), width, vocabulary), case, "prefill")
+    logits = runtime.prefill(tokens, mask if case.padded else None, last_only=case.last_only)
+    _require_shape(logits, (len(batch), 1 if case.last_only else width, vocabulary), case, "prefill")
     outputs = []  # of each row (positions, V), step by step
+    compared = [len(row.prompt) - row.first for row in batch]  # positions of each prompt
     for index, row in enumerate(batch):
-        length = len(row.prompt)
-        outputs.append([logits[index, width - length :]])
-        _compare(row.logits[:length], outputs[index][0], case, index, "prefill", 0, differences[index])
+        outputs.append([logits[index, -compared[index] :]])
+        expected = row.logits[: compared[index]]
+        _compare(expected, outputs[index][0], case, index, "prefill", row.first, differences[index])
     for step in range(len(batch[0].greedy)):
         logits = runtime.decode(torch.stack([row.greedy[step] for row in batch])[:, None])
         _require_shape(logits, (len(batch), vocabulary), case, f"decode step {step}")
         for index, row in enumerate(batch):
-            expected = row.logits[len(row.prompt) + step][None]
+            expected = row.logits[compared[index] + step][None]
             _compare(expected, logits[index][None], case, index, "decode", step, differences[index])
             outputs[index].append(logits[index][None])
     if noisy:

@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numprune.anatomy import code_vocabulary
+from numprune.anatomy import code_vocabulary, read_anatomy
+from numprune.blocks import Anatomy
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.export.prompts import TEXTS
 from numprune.export.runtimes import Runtime
 from numprune.export.runtimes.torch_eager import TorchRuntime
+
+_BEYOND = 8  # tokens of a prompt beyond the window
+# A prompt beyond a longer window, or of a larger model, takes minutes on a CPU.
+_LONGEST_WINDOW, _MOST_FLOPS = 2048, 2e13
 
 
 @dataclass(frozen=True)
@@ -24,16 +30,25 @@ class Row:
     name: str  # of the prompt
     prompt: Tensor  # (S,)
     greedy: Tensor  # (steps,): the continuation
-    logits: Tensor  # (S + steps, V): at each prompt position, then after each token of `greedy`
+    logits: Tensor  # (S - first + steps, V): at the prompt's positions from `first`, then after each token of `greedy`
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows that the candidate runs as one batch."""
+    """Rows that the candidate runs as one batch; `last_only`: of the prompts only the last position is compared."""
 
     batch_size: int
     padded: bool
     rows: tuple[int, ...]  # indices of the reference's rows
+    last_only: bool = False
+
+
+def window_of(anatomy: Anatomy) -> int | None:
+    """Return the smallest attention window that is shorter than the context; None: there is none."""
+    blocks = anatomy.of_kind("attention")
+    windows = [window for block in blocks if block.units and (window := anatomy.window_of(block)) is not None]
+    return min((window for window in windows if window < anatomy.context), default=None)
 
 
 def run_reference(
@@ -43,11 +58,16 @@ def run_reference(
     batch_sizes: Sequence[int],
     prompt_length: int,
     decode_steps: int,
+    longest: int | None,
 ) -> tuple[list[Case], list[Row], dict[str, Any]]:
-    """Return the batches to run, and each row's result when run alone; `runtime` runs the checkpoint in `folder`."""
+    """Return the batches to run, and each row's result when run alone; `runtime` runs the checkpoint in `folder`.
+
+    Without `prompts`, one more prompt is longer than the model's attention window, if it takes at most `longest` tokens
+    with its continuation, and its work is bounded.
+    """
     if not batch_sizes or min(batch_sizes) < 1:
         raise InputError(f"batch_sizes={list(batch_sizes)}: at least one, each at least 1")
-    names = None
+    names, given = None, prompts is not None
     if prompts is None:
         names, prompts = _prompts(folder, runtime.vocabulary, max(batch_sizes), prompt_length)
     if prompts.dim() != 2 or len(prompts) < max(batch_sizes) or prompts.shape[1] < 2:
@@ -68,7 +88,26 @@ def run_reference(
             cases.append(Case(size, padded, rows))
     names = names or [f"prompt {index}" for index in range(len(prompts))]
     rows_alone = [_run_alone(runtime, names[index], prompts[index, :length], decode_steps) for index, length in alone]
+    if not given and (beyond := _beyond_window(folder, runtime, prompt_length, decode_steps, longest)) is not None:
+        cases.append(Case(1, False, (len(rows_alone),), last_only=True))
+        name = "random tokens beyond the window"
+        rows_alone.append(_run_alone(runtime, name, beyond, decode_steps, last_only=True))
     return cases, rows_alone, runtime.describe()
+
+
+def _beyond_window(
+    folder: Path, runtime: TorchRuntime, prompt_length: int, decode_steps: int, longest: int | None
+) -> Tensor | None:
+    """Return a prompt (S,) that reaches beyond the window, or None: the others do, or it would take too long."""
+    anatomy = read_anatomy(checkpoint.read_config(folder))
+    window = window_of(anatomy)
+    if window is None or window < prompt_length:
+        return None
+    length = window + _BEYOND
+    fits = length + decode_steps <= min(runtime.context, longest or runtime.context)
+    if not fits or window > _LONGEST_WINDOW or length * budget_of(anatomy).flops_per_token > _MOST_FLOPS:
+        return None
+    return torch.randint(runtime.vocabulary, (length,), generator=torch.Generator().manual_seed(1))
 
 
 def _lengths(size: int, longest: int) -> list[int]:
@@ -100,10 +139,11 @@ def _prompts(folder: Path, vocabulary: int, rows: int, length: int) -> tuple[lis
     return names, torch.stack(prompts)
 
 
-def _run_alone(runtime: Runtime, name: str, prompt: Tensor, decode_steps: int) -> Row:
-    logits = [runtime.prefill(prompt[None])[0]]
+def _run_alone(runtime: Runtime, name: str, prompt: Tensor, decode_steps: int, *, last_only: bool = False) -> Row:
+    logits = [runtime.prefill(prompt[None], last_only=last_only)[0]]
     greedy = []
     for _ in range(decode_steps):
         greedy.append(logits[-1][-1].argmax())
         logits.append(runtime.decode(greedy[-1].reshape(1, 1)))
-    return Row(name, prompt, torch.stack(greedy), torch.cat(logits).float())
+    first = len(prompt) - 1 if last_only else 0
+    return Row(name, prompt, torch.stack(greedy), torch.cat(logits).float(), first)

@@ -256,7 +256,8 @@ def export(args: argparse.Namespace) -> Answer:
         "parity": proof,
     }
     amount = f"{counted(len(made.files), 'file')}, {size(data['bytes'])}"
-    return Answer(data, f"{args.out}: {args.to} in {made.facts['dtype']}, {amount}; parity verified")
+    within = f", but not beyond windows of {proof['window']:,} tokens" if proof.get("beyond_window") is False else ""
+    return Answer(data, f"{args.out}: {args.to} in {made.facts['dtype']}, {amount}; parity verified{within}")
 
 
 def _quality_line(data: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Parity passes correct exports, and every kind of runtime error is found and located."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 from numprune.errors import InputError, IntegrityError, ParityError
-from numprune.export import manifest, onnx, parity, tolerance
+from numprune.export import manifest, onnx, parity, parity_reference, tolerance
 from numprune.export.parity_reference import Row
 from numprune.export.runtimes.torch_eager import TorchRuntime
 from numprune.flows.steps.quantize import quantize_checkpoint
@@ -250,6 +251,36 @@ def test_custom_prompts(tiny_checkpoint: Checkpoint) -> None:
     base = tiny_checkpoint()
     result = parity.check(base, base, "torch", prompts=torch.arange(20).reshape(2, 10), batch_sizes=(2,))
     assert (result["prompt_length"], result["positions"]) == (10, 20 + 11 + 4 * 32)
+
+
+@pytest.mark.slow
+def test_a_prompt_reaches_beyond_the_attention_window(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A window of 64 tokens exceeds the usual prompts with their continuation."""
+    base = tiny_checkpoint("mistral", sliding_window=64)
+    wider = shutil.copytree(base, tmp_path / "wider")
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**config, "sliding_window": 66}))
+    for source in (base, wider):
+        onnx.export(source, source.with_name(f"{source.name}-onnx"))
+    proof = parity.check(base, tmp_path / "base-onnx", "onnxruntime", threads=1)
+    assert proof["logit_error_max"] < 1e-4
+    assert (proof["window"], proof["beyond_window"]) == (64, True)
+    assert (proof["prompts"][-1]["tokens"], proof["batches"][-1]) == (72, {"batch_size": 1, "padded": False})
+    usual = parity.check(base, base, "torch", prompts=torch.randint(0, 259, (3, 24)))
+    assert usual["beyond_window"] is False
+    assert proof["positions"] == usual["positions"] + 1 + 32
+    for candidate, runtime in (("wider-onnx", "onnxruntime"), ("wider", "torch")):
+        with pytest.raises(ParityError, match="on random tokens beyond the window, prompt length 72, logits differ"):
+            parity.check(base, tmp_path / candidate, runtime, threads=1)
+
+
+def test_a_window_that_is_too_long_for_a_prompt_is_reported(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_checkpoint("mistral", sliding_window=64)
+    monkeypatch.setattr(parity_reference, "_MOST_FLOPS", 1)
+    proof = parity.check(base, base, "torch", threads=1)
+    assert (proof["window"], proof["beyond_window"], len(proof["batches"])) == (64, False, 3)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,13 @@ def test_the_precision_of_measurements_is_shown_if_known(page: str) -> None:
     assert "Weights stored in bfloat16" in text
 
 
+def test_windows_that_no_prompt_exceeded_are_reported() -> None:
+    data, told = full(), "so attention beyond them was not compared."
+    for exceeded in (True, False):
+        data["parity"]["vllm"] |= {"window": 4096, "beyond_window": exceeded}
+        assert (told in Parsed(html(Report.model_validate(data))).text) is not exceeded
+
+
 # --- from strangers --------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ _NOISE = (
     "own errors in that precision; the tolerance shown is for the percentile. The same holds "
     "where activations are rounded to 8 bits; the multiple is of PyTorch's errors in bfloat16."
 )
+_WITHIN_WINDOW = "No prompt was longer than the attention windows, so attention beyond them was not compared."
 _MAXIMUM_RUNTIMES = 16
 
 
@@ -48,6 +49,7 @@ def section(report: Report) -> Section:
     blocks: list[Block] = [
         Text(f"{_TEXTS if is_encoder else _PROMPTS} {_FLOAT64}"),
         *([Text(_NOISE)] if any("noise" in found for found in shown.values()) else []),
+        *([Text(_WITHIN_WINDOW)] if any(found.get("beyond_window") is False for found in shown.values()) else []),
         Table("Parity with the checkpoint", ("Runtime", *columns.values()), rows),
         *(Folded(f"All details, {runtime}", [facts.block(found)]) for runtime, found in shown.items()),
     ]
