@@ -40,6 +40,7 @@ from numprune.flows.steps.results import (
     TimedCheckpoint,
 )
 from numprune.scenario import parse_time
+from numprune.served import AS_STORED
 from numprune.serving.report import AttentionMaps
 from numprune.timings import TimingTable
 
@@ -95,6 +96,7 @@ def learn(run: Run, rows: StageResult[LearningText], times: StageResult[TimingTa
         asked=_masks(run),
         limits=run.recipe.prune.model_dump(include={*LEARNED_LIMITS}),
         target=run.recipe.sizes(),
+        served=run.recipe.served() if times else AS_STORED,
         device=run.device,
     ).on_gpu()
 
@@ -138,6 +140,7 @@ def time_blocks(run: Run) -> Stage[TimingTable]:
         scenario=str(parse_time(run.recipe.prune.allowed.time)[1]),
         asked=run.recipe.timings,
         target=run.recipe.sizes(),
+        served=run.recipe.served(),
         machine={**run.machine, "timings": run.timings_key},  # pruning refuses a table with another key
     )
     return stage.on_gpu().timed()
@@ -161,6 +164,7 @@ def prune_within_time(
         learned=plan,
         asked=run.recipe.prune,
         target=run.recipe.sizes(),
+        served=run.recipe.served(),
         device=run.device,
         machine=run.machine,
     )

@@ -77,6 +77,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "timed": f"estimated for {recipe.timings.peaks().name}, not measured"
         if recipe.timings.runtime == ROOFLINE
         else "measured",
+        "timed_as": str(recipe.served()) if recipe.prune.allowed.time else "",
         "budget_kv_bytes": recipe.prune.allowed.kv,
         "drop_layers": options.drop_layers,
         "shapes": len(options.shapes),
@@ -312,7 +313,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     head = ", the output matrix to 4 bits" if found["lm_head_bits"] == 4 else ""
     then = f", {how} {found['quantization']}{head}" if found["quantization"] else ""
     if found["budget_time"] is not None:
-        yield f"budget {found['budget_time']}, among sizes that are {found['timed']}"
+        how = f" ({found['timed_as']})" if found["timed_as"] else ""
+        yield f"budget {found['budget_time']}, among sizes that are {found['timed']}{how}"
     limits = [f"budget {found['budget_bytes']:,} bytes"] if found["budget_bytes"] else []
     limits += [f"budget {found['budget_kv_bytes']:,} bytes of KV cache per token"] if found["budget_kv_bytes"] else []
     if not limits and found["budget_time"] is None:

@@ -34,6 +34,7 @@ LEARNED, LEARNED_PLAN, LEARNED_MODEL = "learned", "plan.json", "model"
 Scheme = Literal["fp8", "w8a8", "w4a16"]
 QuantizedTo = Literal["none", "mixed", "fp8", "w8a8", "w4a16"]  # mixed: a scheme for each block
 GROUP_SIZES = (32, 64, 128)
+GROUP_SIZE = 128  # by default
 LM_HEAD_BITS = (4, 8)
 QuantizationMethod = Literal["gptq", "rtn"]
 ExportFormat = Literal["vllm", "onnx", "onnxruntime", "tensorrt"]

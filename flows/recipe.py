@@ -33,6 +33,7 @@ from numprune.flows.sections import (
     Section,
     Target,
 )
+from numprune.served import Served, served_as
 from numprune.serving.gates import Gate
 from numprune.serving.problems import described, listed
 from numprune.target import Target as SizeTarget
@@ -124,7 +125,6 @@ class Recipe(Section):
             ("prune.allocation", self.prune.allocation, "error"),
             ("prune.hidden_size", self.prune.hidden_size, 0),
             ("prune.window", self.prune.window, 0),
-            ("quantize.scheme", self.quantize.scheme, "none"),
             ("target.tensor_parallel", self.target.tensor_parallel, 1),
             ("export.dtype", self.export.dtype, "auto"),
             ("benchmark.device", self.benchmark.device, "auto"),
@@ -134,6 +134,11 @@ class Recipe(Section):
                     f"{field} = {value!r}: with a time as prune.budget it must be {measured!r}; leave it out, or use a "
                     "ratio"
                 )
+        if self.quantize.scheme == "mixed":
+            raise ValueError(
+                "quantize.scheme = 'mixed': latencies are of blocks in one scheme; choose one for all, or leave the "
+                "time out of prune.budget"
+            )
         if self.learn.constraint not in ("auto", "milliseconds"):
             raise ValueError(
                 f"learn.constraint = {self.learn.constraint!r}: prune.budget limits milliseconds; leave one of them out"
@@ -152,6 +157,12 @@ class Recipe(Section):
         """The servers' constraints on sizes, including groups of channels that share a scale."""
         groups = self.quantize.channels_per_scale
         return replace(self.target.sizes(), **({} if groups is None else {"quantization_group": groups}))
+
+    def served(self) -> Served:
+        """How the model is served whose time `prune.budget` limits."""
+        # Other runtimes compute with the rounded values of an output matrix in 4 bits.
+        bits = self.quantize.lm_head_bits if self.timings.runtime == "onnxruntime" else 8
+        return served_as(self.quantize.scheme, self.sizes(), bits)
 
     def to_toml(self) -> str:
         """The recipe with all defaults filled in, as stored in a release."""

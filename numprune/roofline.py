@@ -6,7 +6,8 @@ By the roofline model (Williams, Waterman and Patterson, CACM 52(4), 2009), a bl
 
 The shares of the peaks are what matrix products and copies usually reach, not measured ones. A matrix product counts
 with its outputs rounded up to whole tiles, an attention with the keys that its tokens see. The bytes are the weights,
-read once, the keys and values, and what goes into and out of the block. Starts of kernels and communication between
+quantized ones with their scales, read once, the keys and values, and what goes into and out of the block. Products of
+8-bit weights with 8-bit inputs have the peak of 8 bits. Starts of kernels and communication between
 devices are not counted, so small batches take longer than this says. No tensor library is needed.
 """
 
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from numprune.blocks import Anatomy, Block
+from numprune.dtypes import BYTES
 from numprune.errors import InputError
+from numprune.quantization.linears import bytes_saved_in
 from numprune.scenario import Scenario
+from numprune.served import AS_STORED, Served
 from numprune.slices import Size, Slice
 from numprune.timings import BlockTime, ScenarioTimes, Time
 
@@ -31,24 +35,26 @@ class Peaks:
 
     Attributes:
         name: of the device.
-        tflops: 10^12 dense FLOP/s by bytes of a value: 4 (float32) or 2 (bfloat16 and float16, tensor cores).
+        tflops: 10^12 dense FLOP/s by bytes of a value: 4 (float32), 2 (bfloat16 and float16, tensor cores) or 1.
         bandwidth_gb_s: of its memory, in 10^9 bytes per second.
+        fp8: it multiplies FP8 numbers, not only integers of 8 bits.
     """
 
     name: str
     tflops: Mapping[int, float]
     bandwidth_gb_s: float
+    fp8: bool = True
 
 
 # From NVIDIA's data sheets, without sparsity.
 DEVICES: Mapping[str, Peaks] = MappingProxyType(
     {
-        "h200": Peaks("H200 SXM", {4: 67, 2: 989}, 4800),
-        "h100-sxm": Peaks("H100 SXM", {4: 67, 2: 989}, 3350),
-        "h100-pcie": Peaks("H100 PCIe", {4: 51, 2: 756}, 2000),
-        "a100-80g": Peaks("A100 SXM 80 GB", {4: 19.5, 2: 312}, 2039),
-        "l40s": Peaks("L40S", {4: 91.6, 2: 362}, 864),
-        "l4": Peaks("L4", {4: 30.3, 2: 121}, 300),
+        "h200": Peaks("H200 SXM", {4: 67, 2: 989, 1: 1979}, 4800),
+        "h100-sxm": Peaks("H100 SXM", {4: 67, 2: 989, 1: 1979}, 3350),
+        "h100-pcie": Peaks("H100 PCIe", {4: 51, 2: 756, 1: 1513}, 2000),
+        "a100-80g": Peaks("A100 SXM 80 GB", {4: 19.5, 2: 312, 1: 624}, 2039, fp8=False),
+        "l40s": Peaks("L40S", {4: 91.6, 2: 362, 1: 733}, 864),
+        "l4": Peaks("L4", {4: 30.3, 2: 121, 1: 242}, 300),
     }
 )
 
@@ -70,7 +76,7 @@ def peaks_of(device: str, tflops: float, bandwidth_gb_s: float) -> Peaks:
         raise InputError("timings: an estimate needs a device, or both its peak TFLOP/s and its bandwidth in GB/s")
     if not device:
         name = f"a device of {tflops:g} TFLOP/s and {bandwidth_gb_s:g} GB/s"
-        return Peaks(name, {4: tflops, 2: tflops}, bandwidth_gb_s)
+        return Peaks(name, {4: tflops, 2: tflops, 1: tflops}, bandwidth_gb_s)
     if device not in DEVICES:
         raise InputError(
             f"timings: device {device[:80]!r} is not known; known are {', '.join(DEVICES)}; give the peak TFLOP/s and "
@@ -80,20 +86,27 @@ def peaks_of(device: str, tflops: float, bandwidth_gb_s: float) -> Peaks:
 
 
 def estimated(
-    anatomy: Anatomy, sizes: Mapping[str, list[Size]], scenario: Scenario, peaks: Peaks, bytes_per_value: int
+    anatomy: Anatomy,
+    sizes: Mapping[str, list[Size]],
+    scenario: Scenario,
+    peaks: Peaks,
+    dtype: str,
+    served: Served = AS_STORED,
 ) -> ScenarioTimes:
     """Return the estimated times of a scenario.
 
     Args:
         sizes: to estimate, by what blocks are timed as, as `timings.sizes_to_time` returns them.
-        bytes_per_value: of weights, activations, and keys and values.
+        dtype: of weights that are not quantized, activations, and keys and values.
 
     Raises:
-        InputError: the data sheet has no peak for the precision.
+        InputError: the device does not have the precision or the scheme, or its data sheet has no peak for it.
     """
-    if bytes_per_value not in peaks.tflops:
-        raise InputError(f"timings: {peaks.name} has no peak for values of {bytes_per_value} bytes; give its rates")
-    roofline = _Roofline(anatomy, scenario, peaks, bytes_per_value)
+    if BYTES[dtype] not in peaks.tflops:
+        raise InputError(f"timings: {peaks.name} has no peak for values of {BYTES[dtype]} bytes; give its rates")
+    if served.scheme and served.scheme.is_float and not peaks.fp8:
+        raise InputError(f"timings: {peaks.name} does not multiply FP8 numbers; choose w8a8 or w4a16")
+    roofline = _Roofline(anatomy, scenario, peaks, dtype, served)
     blocks: dict[str, list[BlockTime]] = {}
     for kind, of_kind in sizes.items():
         block = _largest(anatomy, kind)
@@ -116,7 +129,8 @@ class _Roofline:
     anatomy: Anatomy
     scenario: Scenario
     peaks: Peaks
-    bytes_per_value: int
+    dtype: str
+    served: Served
 
     @property
     def tokens_per_row(self) -> int:
@@ -137,15 +151,17 @@ class _Roofline:
         if block.routing is not None:
             flops, weights = self._experts(block)
             return self._ms(flops, weights + values + 2.0 * self.tokens * block.routing.top_k * block.members)
-        flops = 2.0 * self.tokens * sum(_tiled(part, block) for part in block.slices if part.width is not None)
-        weights = float(block.parameters(block.size))
+        products = 2.0 * self.tokens * sum(_tiled(part, block) for part in block.slices if part.width is not None)
+        flops, weights = 0.0, float(block.parameters(block.size))
         values += 2.0 * self.tokens * block.channels
         if block.kind == "attention":
             keys = self._keys(block)
-            flops += 4.0 * self.tokens * block.channels * keys
+            flops = 4.0 * self.tokens * block.channels * keys
             cached = self.length + 1 if self.scenario.phase == "decode" else self.length
             values += 2.0 * self.scenario.batch * self._seen(block, cached) * block.units * self.anatomy.head_dim
-        return self._ms(flops, weights + values)
+        scheme = self.served.scheme
+        saved = bytes_saved_in(block, scheme, self.dtype) if scheme else 0
+        return self._ms(flops, weights + values, saved, products)
 
     def _experts(self, block: Block) -> tuple[float, float]:
         """Return the FLOPs of a block of experts and the weights that it reads; routing prefers no expert."""
@@ -180,9 +196,12 @@ class _Roofline:
         read = head + self.tokens * hidden + rows * self.anatomy.predicted
         return self._ms(2.0 * rows * head, float(read))
 
-    def _ms(self, flops: float, values: float) -> float:
-        computing = flops / (_COMPUTE_SHARE * self.peaks.tflops[self.bytes_per_value] * 1e12)
-        reading = values * self.bytes_per_value / (_BANDWIDTH_SHARE * self.peaks.bandwidth_gb_s * 1e9)
+    def _ms(self, flops: float, values: float, saved: int = 0, products: float = 0.0) -> float:
+        """Return the milliseconds for `flops`, `products` with quantized weights, and `values`, less `saved` bytes."""
+        scheme, width = self.served.scheme, BYTES[self.dtype]
+        of_products = self.peaks.tflops[1 if scheme and scheme.rounds_inputs else width]
+        computing = (flops / self.peaks.tflops[width] + products / of_products) / (_COMPUTE_SHARE * 1e12)
+        reading = (values * width - saved) / (_BANDWIDTH_SHARE * self.peaks.bandwidth_gb_s * 1e9)
         return 1e3 * max(computing, reading)
 
 

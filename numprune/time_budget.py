@@ -13,6 +13,7 @@ from pydantic import Field
 
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
+from numprune.served import AS_STORED, Served
 from numprune.slices import Size
 from numprune.target import Sizes
 from numprune.timings import BlockTime, ScenarioTimes, Time
@@ -30,12 +31,14 @@ class TimeBudget:
         times: of the blocks and around them, measured or estimated in the budget's scenario.
         runtime: in which they were measured; "roofline" for an estimate.
         correction: factor of all times, from measuring a whole model.
+        served: how the models were that gave the times.
     """
 
     limit_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     times: ScenarioTimes
     runtime: str
     correction: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    served: Served = AS_STORED
 
     def __str__(self) -> str:
         device = self.times.estimated_for
@@ -44,8 +47,10 @@ class TimeBudget:
 
     @property
     def described(self) -> str:
-        """The budget with the runtime in which it was measured, if it was."""
-        return f"{self}" if self.times.estimated_for else f"{self} in {self.runtime}"
+        """The budget with the runtime in which it was measured, if it was, and how models are served there."""
+        where = "" if self.times.estimated_for else f" in {self.runtime}"
+        how = str(self.served)
+        return f"{self}{where} ({how})" if how else f"{self}{where}"
 
     @cached_property
     def _by_size(self) -> dict[tuple[str, Size], BlockTime]:

@@ -14,6 +14,7 @@ where c is its share of a layer in which all blocks have their smallest size. Ho
 matter as long as no block is removed, since their sum is the layer. No tensor library is needed.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,12 +86,12 @@ class TimedModels:
     Attributes:
         anatomy: of the model; `check_measurable` accepts it.
         sizes: to time, by what blocks are timed as, as `timings.sizes_to_time` returns them.
-        bytes_per_value: of the weights.
+        bytes_per_value: of the blocks' weights.
     """
 
     anatomy: Anatomy
     sizes: Mapping[str, Sequence[Size]]
-    bytes_per_value: int
+    bytes_per_value: float
 
     @cached_property
     def hosts(self) -> dict[str, tuple[str, ...]]:
@@ -105,7 +106,7 @@ class TimedModels:
         """Return R for the layers in which a kind is timed."""
         kinds = self.hosts[kind]
         largest = max(block.parameters(block.size) for block in self.anatomy.blocks if block.timed_as in kinds)
-        wanted = -(-_COPIES_BYTES // (largest * self.bytes_per_value))
+        wanted = math.ceil(_COPIES_BYTES / (largest * self.bytes_per_value))
         return min(len(layers_by_blocks(self.anatomy)[kinds]), max(_FEWEST_COPIES, wanted))
 
     @cached_property

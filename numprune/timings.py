@@ -81,7 +81,7 @@ class Key(_Part):
         runtime: "roofline": the times are estimates.
         implementation: of layers of different sizes in vLLM: "plug-in", or "stock" if vLLM has none.
         device: name of the CPU or GPU.
-        quantization: scheme of the weights; "none".
+        quantization: scheme of the weights, as `Served.quantization`.
         shape: of the model's layers.
     """
 

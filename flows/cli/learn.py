@@ -14,6 +14,7 @@ from numprune.flows.cli.parser import (
     Subcommands,
     add_checkpoint_and_out,
     add_choice,
+    add_lm_head_bits,
     add_seed,
     add_text,
     at_least,
@@ -28,6 +29,8 @@ _GIVEN = (  # arguments that are options of pruning
     "ratio",
     "budget",
     "timings",
+    "scheme",
+    "lm_head_bits",
     "allocation",
     "compensation",
     "align",
@@ -69,6 +72,14 @@ def add(commands: Subcommands) -> None:
         metavar="TABLE",
         help="with a --budget of time: the table of numprune timings, measured on this machine (default: none)",
     )
+    parser.add_argument(
+        "--scheme",
+        choices=("none", *get_args(names.Scheme)),
+        metavar="SCHEME",
+        help="with --timings: the scheme for numprune quantize afterwards, as timed; one of "
+        f"{', '.join(('none', *get_args(names.Scheme)))} (default: none)",
+    )
+    add_lm_head_bits(parser, "with --timings and --scheme, bits of the output matrix as timed", default=None)
     parser.add_argument(
         "--constraint",
         choices=get_args(names.LearningConstraint),

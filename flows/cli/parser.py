@@ -194,6 +194,30 @@ def add_choice(
     )
 
 
+def add_group_size(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
+    """Add `--group-size`; `otherwise`: the default without w4a16, in words."""
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=names.GROUP_SIZES,
+        metavar="N",
+        help=f"channels that share a scale, with --scheme w4a16: {', '.join(map(str, names.GROUP_SIZES))} "
+        f"(default: {names.GROUP_SIZE}{otherwise})",
+    )
+
+
+def add_lm_head_bits(parser: argparse.ArgumentParser, help_text: str, default: int | None = 8) -> None:
+    """Add `--lm-head-bits`."""
+    parser.add_argument(
+        "--lm-head-bits",
+        type=int,
+        choices=names.LM_HEAD_BITS,
+        default=default,
+        metavar="N",
+        help=f"{help_text}: {' or '.join(map(str, names.LM_HEAD_BITS))} (default: 8)",
+    )
+
+
 def add_checkpoint_and_out(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint that something is made of, and the folder to write."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 
 def latency_lines(found: "LatencyBudget") -> list[str]:
+    how = f" ({found.served})" if found.served else ""
     if found.measured is None or found.dense_measured is None:
         return [
-            f"{found.scenario}, at most {found.limit_ms:.4g} ms: dense {found.dense_predicted.ms:.4g} ms, pruned "
+            f"{found.scenario}{how}, at most {found.limit_ms:.4g} ms: dense {found.dense_predicted.ms:.4g} ms, pruned "
             f"{found.predicted.ms:.4g} ms, estimated for {found.estimated_for}, not measured"
         ]
-    lines = [f"{found.scenario} in {found.runtime}, at most {found.limit_ms:.4g} ms:"]
+    lines = [f"{found.scenario} in {found.runtime}{how}, at most {found.limit_ms:.4g} ms:"]
     for name, predicted, measured in (
         ("dense", found.dense_predicted, found.dense_measured),
         ("pruned", found.predicted, found.measured),

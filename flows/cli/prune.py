@@ -12,7 +12,17 @@ from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.amounts import size
 from numprune.flows.cli.arguments import NeededUnless
-from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_text, at_least, check_out, command, reading
+from numprune.flows.cli.parser import (
+    MODEL,
+    Answer,
+    Subcommands,
+    add_lm_head_bits,
+    add_text,
+    at_least,
+    check_out,
+    command,
+    reading,
+)
 from numprune.flows.cli.planned import latency_lines, planned_answer
 from numprune.refinement import MINUTES
 
@@ -95,6 +105,7 @@ def add(commands: Subcommands) -> None:
         help="with --budget: the scheme for numprune quantize afterwards; mixed chooses none, w8a8 or w4a16 for each "
         f"block; one of {', '.join(get_args(names.QuantizedTo))} (default: none)",
     )
+    add_lm_head_bits(parser, "with --timings and --scheme, bits of the output matrix as timed", default=None)
     for option, choices, help_text in (
         ("criterion", names.Criterion, "score of the units"),
         ("allocation", names.Allocation, "how removals are divided among layers"),
@@ -361,7 +372,7 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
     from numprune.options import options_of
     from numprune.plans import read_plan
 
-    asked = ("ratio", "budget", "scheme", "timings", *_DEFAULTS)
+    asked = ("ratio", "budget", "scheme", "lm_head_bits", "timings", *_DEFAULTS)
     given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     if args.plan is None:
         return options_within_budget({"ratio": 0.0, **given}, base), None
@@ -377,15 +388,16 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
 def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions":
     """Return the options for the model in `base`, as `options_of_arguments`, within the --budget if there is one.
 
-    `given`: also --budget, --scheme and --timings. Raises InputError.
+    `given`: also --budget, --scheme, --lm-head-bits and --timings. Raises InputError.
     """
     from numprune.budget_texts import parse_budgets
     from numprune.flows.steps.prune import byte_budget, kv_budget, sequence_budget
     from numprune.flows.steps.timed_prune import time_budget
+    from numprune.served import served_as
     from numprune.timings import read_timings
 
     rest = dict(given)
-    budgets, scheme, table = (rest.pop(name, None) for name in ("budget", "scheme", "timings"))
+    budgets, scheme, bits, table = (rest.pop(name, None) for name in ("budget", "scheme", "lm_head_bits", "timings"))
     asked = parse_budgets(budgets or [])
     if (asked.time is not None) != (table is not None):
         raise InputError(
@@ -394,14 +406,19 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
             else "--timings is for a --budget of time, like 20ms@decode,b=8,ctx=2048; leave it out"
         )
     if scheme and asked.bytes is None and asked.time is None:
-        raise InputError("--scheme is counted in a --budget of bytes; leave it out, and give it to numprune quantize")
+        raise InputError(
+            "--scheme is counted in a --budget of bytes or time; leave it out, and give it to numprune quantize"
+        )
+    if bits is not None and table is None:
+        raise InputError(f"--lm-head-bits {bits} has an effect only with --timings; leave it out")
     if not budgets:
         return options_of_arguments(rest)
     divided = {} if asked.sizes_by_ratio else {"allocation": "error"}
     chosen, scheme = options_of_arguments({"ratio": 0.0, **divided, **rest}), scheme or "none"
     timed = None
     if asked.time is not None and table is not None:
-        timed = time_budget(base, asked.time, read_timings(table), chosen.target, scheme)
+        served = served_as(scheme, chosen.target, bits or 8)
+        timed = time_budget(base, asked.time, read_timings(table), chosen.target, served)
     return dataclasses.replace(
         chosen,
         budget=None if asked.bytes is None else byte_budget(base, asked.bytes, scheme),

@@ -12,6 +12,8 @@ from numprune.flows.cli.parser import (
     Subcommands,
     add_checkpoint_and_out,
     add_choice,
+    add_group_size,
+    add_lm_head_bits,
     add_seed,
     add_text,
     at_least,
@@ -21,7 +23,6 @@ from numprune.flows.cli.parser import (
 )
 
 _SAMPLES = 128
-_GROUP_SIZE = 128
 
 
 def add(commands: Subcommands) -> None:
@@ -40,22 +41,11 @@ def add(commands: Subcommands) -> None:
         None,
         "format of weights (w) and activations (a); mixed: for each block as in the plan of CHECKPOINT",
     )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=names.GROUP_SIZES,
-        metavar="N",
-        help=f"channels that share a scale, with --scheme w4a16: {', '.join(map(str, names.GROUP_SIZES))} "
-        f"(default: {_GROUP_SIZE}; with mixed, the plan's)",
-    )
-    parser.add_argument(
-        "--lm-head-bits",
-        type=int,
-        choices=names.LM_HEAD_BITS,
-        default=8,
-        metavar="N",
-        help="of the output matrix when exported to onnxruntime: 4 also rounds its values, and those of an embedding "
-        "tied to it, in OUT (default: 8)",
+    add_group_size(parser, "; with mixed, the plan's")
+    add_lm_head_bits(
+        parser,
+        "of the output matrix when exported to onnxruntime, where 4 also rounds its values, and those of an embedding "
+        "tied to it, in OUT",
     )
     add_choice(
         parser,
@@ -100,7 +90,7 @@ def quantize(args: argparse.Namespace) -> Answer:
     check_out(args.out)
     _check_method(args)
     source = checkpoint.resolve(args.checkpoint)
-    group = args.group_size or (_GROUP_SIZE if args.scheme == "w4a16" else None)
+    group = args.group_size or (names.GROUP_SIZE if args.scheme == "w4a16" else None)
     schemes = schemes_of(args.scheme, group, source)
     dense = checkpoint.resolve(args.dense) if args.dense else None
     bits = args.lm_head_bits

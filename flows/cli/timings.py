@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, get_args
 
 from numprune.errors import InputError
 from numprune.flows import names
-from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_seed, at_least, check_out, command
+from numprune.flows.cli.parser import (
+    MODEL,
+    Answer,
+    Subcommands,
+    add_choice,
+    add_group_size,
+    add_lm_head_bits,
+    add_seed,
+    at_least,
+    check_out,
+    command,
+)
 from numprune.roofline import DEVICES, peaks_of
 
 if TYPE_CHECKING:
@@ -81,6 +92,15 @@ def add(commands: Subcommands) -> None:
         metavar="N",
         help=f"measurements of each model, spread over the run in random order (default: {_VISITS})",
     )
+    add_choice(
+        parser,
+        "--scheme",
+        ("none", *get_args(names.Scheme)),
+        "none",
+        "time the model as numprune quantize stores it: format of weights (w) and activations (a)",
+    )
+    add_group_size(parser)
+    add_lm_head_bits(parser, "of the output matrix with --scheme in onnxruntime")
     add_seed(parser)
     parser.set_defaults(seed=None)
 
@@ -110,6 +130,7 @@ def timings(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.estimates import estimate
     from numprune.flows.steps.timings import Request, measure
     from numprune.scenario import parse_scenario
+    from numprune.served import served_as
     from numprune.serving.report import replace
     from numprune.target import Target
 
@@ -119,17 +140,21 @@ def timings(args: argparse.Namespace) -> Answer:
     if len(set(scenarios)) < len(scenarios):
         raise InputError("--scenario: the same scenario is given twice; omit one")
     base = checkpoint.resolve(args.model)
-    target = Target(align=args.align)
+    if args.group_size and args.scheme != "w4a16":
+        raise InputError(f"--group-size {args.group_size} has an effect only with --scheme w4a16; leave it out")
+    group = args.group_size or (names.GROUP_SIZE if args.scheme == "w4a16" else 1)
+    target = Target(align=args.align, quantization_group=group)
+    served = served_as(args.scheme, target, args.lm_head_bits)
     if args.runtime is None:
         for option, given in (("--visits", args.visits), ("--seed", args.seed)):
             if given is not None:
                 raise InputError(f"{option} has an effect only with --runtime; leave it out")
         peaks = peaks_of(args.roofline or "", args.peak_tflops or 0.0, args.bandwidth or 0.0)
-        table = estimate(base, scenarios, target, args.sizes, peaks)
+        table = estimate(base, scenarios, target, args.sizes, peaks, served)
     elif args.bandwidth is not None:
         raise InputError("--bandwidth has an effect only with --peak-tflops; leave it out")
     else:
-        asked = Request(args.runtime, scenarios, target, args.sizes, args.visits or _VISITS, args.seed or 0)
+        asked = Request(args.runtime, scenarios, target, args.sizes, args.visits or _VISITS, args.seed or 0, served)
         table = measure(base, asked, args.out.absolute().parent)
     replace(args.out, table.to_json())
     seconds = time.perf_counter() - started
@@ -141,9 +166,10 @@ def timings(args: argparse.Namespace) -> Answer:
 def _lines(table: "TimingTable") -> list[str]:
     key = table.key
     runtime = f"{key.runtime} ({key.implementation})" if key.implementation else key.runtime
-    lines = [f"{runtime}, {key.dtype}, {key.device}, {key.threads} threads"]
+    form = key.dtype if key.quantization == "none" else f"{key.dtype} ({key.quantization})"
+    lines = [f"{runtime}, {form}, {key.device}, {key.threads} threads"]
     if table.estimate:
-        lines = [f"estimated for {key.device} in {key.dtype}, not measured"]
+        lines = [f"estimated for {key.device} in {form}, not measured"]
     if table.routing:
         lines.append("experts with random routers: one that prefers some experts can be slower or faster")
     for times in table.scenarios:

@@ -6,24 +6,31 @@ from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, precision
 from numprune.flows.names import ROOFLINE
+from numprune.quantization import check_quantizable
 from numprune.roofline import Peaks, estimated
 from numprune.scenario import Scenario, check_scenario
+from numprune.served import AS_STORED, Served
 from numprune.target import Target
 from numprune.timings import Key, TimingTable, shape_of, sizes_to_time
 
 
-def estimate(base: Path, scenarios: list[Scenario], target: Target, sizes: int, peaks: Peaks) -> TimingTable:
+def estimate(
+    base: Path, scenarios: list[Scenario], target: Target, sizes: int, peaks: Peaks, served: Served = AS_STORED
+) -> TimingTable:
     """Return the estimated table of the model in `base`; arguments are those of `timings.Request`.
 
     Raises:
-        InputError: the model is quantized or does not run the scenario, or the device has no peak for its precision.
+        InputError: the model is quantized, cannot be, or does not run the scenario, or as `estimated`.
     """
     compressed_tensors.refuse_quantized(base, "timing of blocks")
-    anatomy, key = read_anatomy(checkpoint.read_config(base)), estimate_key(base, peaks.name)
+    anatomy, key = read_anatomy(checkpoint.read_config(base)), estimate_key(base, peaks.name, served)
+    if served.scheme is not None:
+        check_quantizable(anatomy, served.scheme)
+    if served.lm_head_bits != 8:
+        raise InputError("lm_head_bits is 4, which only the export onnxruntime stores; estimates are of 8")
     for scenario in scenarios:
         check_scenario(scenario, anatomy, (scenario.tokens or 0) + (scenario.phase == "decode"))
     of_kinds = sizes_to_time(anatomy, target, sizes)
-    bytes_per_value = precision.DTYPES[key.dtype].itemsize
     return TimingTable(
         key=key,
         estimate=True,
@@ -31,11 +38,11 @@ def estimate(base: Path, scenarios: list[Scenario], target: Target, sizes: int, 
         visits=0,
         drift={},
         routing="uniform" if anatomy.of_kind("experts") else None,
-        scenarios=[estimated(anatomy, of_kinds, scenario, peaks, bytes_per_value) for scenario in scenarios],
+        scenarios=[estimated(anatomy, of_kinds, scenario, peaks, key.dtype, served) for scenario in scenarios],
     )
 
 
-def estimate_key(base: Path, device: str, quantization: str = "none", tensor_parallel: int = 1) -> Key:
+def estimate_key(base: Path, device: str, served: Served = AS_STORED, tensor_parallel: int = 1) -> Key:
     """Return what an estimate of the model in `base` for a device is valid for, on whichever machine.
 
     The precision is that of the stored weights. Raises InputError.
@@ -49,7 +56,7 @@ def estimate_key(base: Path, device: str, quantization: str = "none", tensor_par
         device=device,
         threads=0,
         dtype=dtype,
-        quantization=quantization,
+        quantization=served.quantization,
         tensor_parallel=tensor_parallel,
         shape=shape_of(read_anatomy(checkpoint.read_config(base))),
     )

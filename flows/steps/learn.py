@@ -27,6 +27,7 @@ from numprune.plans import Draw
 from numprune.recovery import RecoveryRows
 from numprune.recovery.rows import draw_windows
 from numprune.recovery.state import TrainingState
+from numprune.served import AS_STORED, Served
 from numprune.target import Target
 from numprune.timings import TimingTable
 
@@ -53,13 +54,18 @@ def implied_constraint(options: PruneOptions) -> Counted:
 
 
 def options_of(
-    asked: Learn, limits: Mapping[str, Any], target: Target, base: Path, table: TimingTable | None = None
+    asked: Learn,
+    limits: Mapping[str, Any],
+    target: Target,
+    base: Path,
+    table: TimingTable | None = None,
+    served: Served = AS_STORED,
 ) -> PruneOptions:
     """Return the pruning options of a recipe's masks on the model in `base`.
 
     Args:
         limits: the fields `names.LEARNED_LIMITS` of section prune.
-        table: for a budget of time.
+        table: for a budget of time; `served`: how the model is whose time counts.
 
     Raises:
         InputError: as `options_within_time`.
@@ -68,7 +74,7 @@ def options_of(
     if table is None:
         options = prune.options_of(section, target, base, "none")
     else:
-        options = options_within_time(section, target, base, table)
+        options = options_within_time(section, target, base, table, served)
     return replace(options, criterion=asked.method, seed=asked.seed)
 
 

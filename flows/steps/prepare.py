@@ -63,7 +63,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
 
 
 def _timings_key(recipe: Recipe, base: Path) -> str:
-    asked = recipe.timings
+    asked, served = recipe.timings, recipe.served()
     estimated = asked.runtime == ROOFLINE
-    key = estimate_key(base, asked.peaks().name) if estimated else key_of(base, asked.runtime)
+    key = estimate_key(base, asked.peaks().name, served) if estimated else key_of(base, asked.runtime, served)
     return key.model_dump_json()

@@ -19,11 +19,13 @@ from numprune.flows.steps.estimates import estimate_key
 from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import options_of, prune_checkpoint
 from numprune.flows.steps.results import TimedCheckpoint
+from numprune.flows.steps.served import as_served
 from numprune.flows.steps.timings import key_of, runtime_of, timed_in
 from numprune.option_checks import check_options
 from numprune.options import PruneOptions
 from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
 from numprune.scenario import parse_scenario, parse_time
+from numprune.served import Served
 from numprune.serving.benchmark import run_benchmark
 from numprune.serving.benchmark.visits import QUIET, Runtime, Timed, in_turn, weighted_medians
 from numprune.serving.report import LatencyBudget, Milliseconds
@@ -38,34 +40,34 @@ _VISITS = 6  # of each side, in vLLM
 _METRICS = {"decode": "itl", "prefill": "ttft", "forward": "latency"}  # of the benchmark, by what is timed
 
 
-def time_budget(base: Path, asked: str, table: TimingTable, target: Target, scheme: str = "none") -> TimeBudget:
+def time_budget(base: Path, asked: str, table: TimingTable, target: Target, served: Served) -> TimeBudget:
     """Return the budget for the pruned model of `base`.
 
     Args:
         asked: as in `parse_time`.
         table: of the model's blocks.
         target: of the pruned model.
-        scheme: of its later quantization, or "none".
+        served: how it will be.
 
     Raises:
         InputError: the table is of another machine, runtime or model, or lacks the scenario or a size of the model.
     """
     limit_ms, scenario = parse_time(asked)
-    served = scheme, target.tensor_parallel
+    how = served, target.tensor_parallel
     if table.estimate:
-        check_key(table, estimate_key(base, table.key.device, *served))
+        check_key(table, estimate_key(base, table.key.device, *how))
     else:
-        check_key(table, key_of(base, table.key.runtime, *served))
-    budget = TimeBudget(limit_ms, table.times(str(scenario)), table.key.runtime)
+        check_key(table, key_of(base, table.key.runtime, *how))
+    budget = TimeBudget(limit_ms, table.times(str(scenario)), table.key.runtime, served=served)
     budget.check_measured(read_anatomy(checkpoint.read_config(base)))
     return budget
 
 
-def options_within_time(asked: Prune, target: Target, base: Path, table: TimingTable) -> PruneOptions:
+def options_within_time(asked: Prune, target: Target, base: Path, table: TimingTable, served: Served) -> PruneOptions:
     """Return the options of a recipe with a budget of time. Raises InputError as `time_budget`."""
     assert asked.allowed.time is not None
-    options = options_of(asked, target, base, "none")
-    return replace(options, time_budget=time_budget(base, asked.allowed.time, table, target))
+    options = options_of(asked, target, base, served.scheme.name if served.scheme else "none")
+    return replace(options, time_budget=time_budget(base, asked.allowed.time, table, target, served))
 
 
 def prune_within_time(
@@ -82,6 +84,7 @@ def prune_within_time(
 ) -> TimedCheckpoint:
     """Write the pruned `base` to the new folder `out` once its measured latency is within the budget.
 
+    If the budget is of a quantized model, both sides are quantized to be measured; what is written is not.
     A result that is slower, by more than its interval, corrects the table by measured / predicted; it is then pruned
     again, at most three times. A plan is only measured, because nothing else would be as it says. With an estimated
     table nothing is measured: there is no target.
@@ -144,10 +147,15 @@ def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> Lat
     measured: dict[str, Milliseconds] = {}
     if budget.times.estimated_for is None:
         timed = timed_in(parse_scenario(budget.times.scenario), dense)
-        measured = _measured(runtime_of(base, budget.runtime), base, pruned, timed, scratch)
+        sides = {
+            side: as_served(folder, scratch / f"{side}-quantized", budget.served)
+            for side, folder in (("baseline", base), ("candidate", pruned))
+        }
+        measured = _measured(runtime_of(base, budget.runtime), sides, timed, scratch)
     return LatencyBudget(
         scenario=budget.times.scenario,
         runtime=budget.runtime,
+        served=str(budget.served),
         limit_ms=budget.limit_ms,
         dense_predicted=_reported(budget.predicted(dense)),
         dense_measured=measured.get("baseline"),
@@ -158,9 +166,8 @@ def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> Lat
     )
 
 
-def _measured(runtime: Runtime, base: Path, pruned: Path, timed: Timed, scratch: Path) -> dict[str, Milliseconds]:
+def _measured(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch: Path) -> dict[str, Milliseconds]:
     """Return the latency of each side."""
-    sides = {"baseline": base, "candidate": pruned}
     ms = in_turn(runtime, sides, timed, _VISITS) if runtime.vllm else _benchmarked(runtime, sides, timed, scratch)
     return {side: _median(values, side) for side, values in ms.items()}
 

@@ -23,9 +23,11 @@ from numprune.flows.sections import BlockTimings
 from numprune.flows.stages import code_version
 from numprune.flows.steps.benchmark import encoder_load, exported_as
 from numprune.flows.steps.export import export, precision_of
+from numprune.flows.steps.served import as_served, check_served
 from numprune.flows.steps.training import alone_in
 from numprune.progress import Progress, progress
 from numprune.scenario import Scenario, check_scenario, parse_scenario
+from numprune.served import AS_STORED, Served
 from numprune.serving.benchmark.client import Worker
 from numprune.serving.benchmark.load import Load
 from numprune.serving.benchmark.visits import (
@@ -62,6 +64,7 @@ class Request:
         sizes: of each kind of block.
         visits: of each model.
         seed: of the order and of the weights.
+        served: how the model is.
     """
 
     runtime: str
@@ -70,14 +73,15 @@ class Request:
     sizes: int
     visits: int
     seed: int
+    served: Served = AS_STORED
 
 
-def timing_request(asked: BlockTimings, scenario: str, target: Target) -> Request:
+def timing_request(asked: BlockTimings, scenario: str, target: Target, served: Served) -> Request:
     """Return the request of a recipe."""
-    return Request(asked.runtime, [parse_scenario(scenario)], target, asked.sizes, asked.visits, asked.seed)
+    return Request(asked.runtime, [parse_scenario(scenario)], target, asked.sizes, asked.visits, asked.seed, served)
 
 
-def key_of(base: Path, runtime: str, quantization: str = "none", tensor_parallel: int = 1) -> Key:
+def key_of(base: Path, runtime: str, served: Served = AS_STORED, tensor_parallel: int = 1) -> Key:
     """Return what a table measured here would be valid for. Raises InputError, MissingRuntime."""
     used, anatomy = runtime_of(base, runtime), read_anatomy(checkpoint.read_config(base))
     return Key(
@@ -87,7 +91,7 @@ def key_of(base: Path, runtime: str, quantization: str = "none", tensor_parallel
         device=_device_name(used),
         threads=torch.get_num_threads() if runtime == "torch" else processors.count(),
         dtype=used.dtype,
-        quantization=quantization,
+        quantization=served.quantization,
         tensor_parallel=tensor_parallel,
         shape=shape_of(anatomy),
     )
@@ -139,6 +143,7 @@ def check_request(base: Path, asked: Request) -> None:
         extra = ahead(load) if asked.runtime == "vllm" and isinstance(load, Load) else 0
         check_scenario(scenario, anatomy, load.positions + extra)
     used = runtime_of(base, asked.runtime)
+    check_served(base, used, asked.served)
     if used.vllm:
         _check_served(base, used.vllm, asked, used.dtype)
     else:
@@ -153,7 +158,7 @@ def _check_served(base: Path, found: Environment, asked: Request, dtype: str) ->
         raise InputError(f"timings: {base} is stored in {dtype}; vLLM computes in {', '.join(precision.DTYPES)}")
     anatomy = read_anatomy(config)
     head, sizes_of_kinds = anatomy.head_dim, sizes_to_time(anatomy, asked.target, asked.sizes)
-    timed = TimedModels(anatomy, sizes_of_kinds, precision.DTYPES[dtype].itemsize)
+    timed = TimedModels(anatomy, sizes_of_kinds, asked.served.bytes_per_weight(precision.DTYPES[dtype].itemsize))
     if found.cpu and head not in vllm.CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, vllm.CPU_HEAD_SIZES))
         raise InputError(f"timings: vLLM's CPU kernels have heads of {sizes}, and the model's have {head}; use a GPU")
@@ -198,10 +203,11 @@ class _Run:
         self.base, self.asked = base, asked
         self.config = checkpoint.read_config(base)
         self.anatomy = read_anatomy(self.config)
-        self.key = key_of(base, asked.runtime)
+        self.key = key_of(base, asked.runtime, asked.served)
         self.runtime = runtime_of(base, asked.runtime)
         sizes = sizes_to_time(self.anatomy, asked.target, asked.sizes)
-        self.plan = TimedModels(self.anatomy, sizes, precision.DTYPES[self.key.dtype].itemsize)
+        unquantized = precision.DTYPES[self.key.dtype].itemsize
+        self.plan = TimedModels(self.anatomy, sizes, asked.served.bytes_per_weight(unquantized))
         described = {
             "key": self.key.model_dump(),
             "config": self.config.to_dict(),
@@ -216,7 +222,8 @@ class _Run:
     def complete(self) -> None:
         """Measure what is missing. Raises EnvironmentInvalid."""
         if missing := [self._bytes(model) for model in self.plan.models if not self._place(model).is_dir()]:
-            disk.require_room(self.folder, sum(missing) + max(missing))  # one is written before it is exported
+            # One is written, and perhaps quantized, before it is exported.
+            disk.require_room(self.folder, sum(missing) + max(missing) * (1 if self.asked.served.scheme is None else 2))
         for model in progress(self.plan.models, "timings: write models", "model"):
             self._write(model)
         timed = {str(scenario): timed_in(scenario, self.anatomy) for scenario in self.asked.scenarios}
@@ -244,8 +251,9 @@ class _Run:
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         dtype = precision.DTYPES[self.key.dtype]
-        with _temporary(folder) as source:
-            random_weights.write_random(source, self._config(model), self.base, dtype, self.asked.seed)
+        with _temporary(folder) as scratch:
+            random_weights.write_random(scratch / "random", self._config(model), self.base, dtype, self.asked.seed)
+            source = as_served(scratch / "random", scratch / "quantized", self.asked.served)
             # vLLM loads the checkpoint, whose weights have this precision already.
             export_format = exported_as(self.runtime.name, [source], self.key.dtype) if not self.runtime.vllm else None
             if export_format is None:
@@ -345,11 +353,12 @@ def _positive(ms: float, interval: tuple[float, float], what: str) -> Time:
 
 @contextmanager
 def _temporary(folder: Path) -> Iterator[Path]:
-    """Give a name beside `folder` for a model that is only needed until the block ends."""
-    source = folder.with_name(f"{folder.name}.source")
-    shutil.rmtree(source, ignore_errors=True)  # of a killed run
+    """Give a folder beside `folder` for models that are only needed until the block ends."""
+    scratch = folder.with_name(f"{folder.name}.source")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a killed run
+    scratch.mkdir()
     manifest.sweep(folder.parent)
     try:
-        yield source
+        yield scratch
     finally:
-        shutil.rmtree(source, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -13,11 +13,10 @@ import torch
 from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget
 from numprune.curves import Errors, error_at
-from numprune.errors import InputError
 from numprune.plans import Plan
 from numprune.quantization.compressed_tensors import bytes_of
 from numprune.quantization.linears import projections
-from numprune.quantization.schemes import GROUP_SIZES, Scheme
+from numprune.quantization.schemes import Scheme, in_groups
 from numprune.slices import Size
 from numprune.target import Target
 
@@ -37,12 +36,7 @@ class Form:
 
 def levels_of(budget: ByteBudget, target: Target) -> tuple[Level, ...]:
     """Return the allowed schemes of a block, with the target's group size. Raises InputError."""
-    group = target.quantization_group
-    if "w4a16" in budget.levels and group not in GROUP_SIZES:
-        raise InputError(
-            f"quantization_group is {group}; for blocks in w4a16 it must be one of {', '.join(map(str, GROUP_SIZES))}"
-        )
-    return tuple(name and Scheme(name, group if name == "w4a16" else None) for name in budget.levels)
+    return tuple(name and in_groups(name, target.quantization_group) for name in budget.levels)
 
 
 def planned_schemes(plan: Plan) -> dict[str, Scheme]:

@@ -6,6 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, cast
 
 from numprune.blocks import Anatomy, Block
+from numprune.dtypes import BYTES, name_of
 from numprune.errors import InputError
 from numprune.families import FAMILIES
 from numprune.quantization.compressed_tensors import CONFIG_FIELD, REMEDY, QuantizationConfig, bytes_of
@@ -51,13 +52,14 @@ def quantized_tensors(anatomy: Anatomy) -> Iterator[str]:
 
 def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: "torch.dtype") -> int:
     """Return the bytes saved by quantizing the matrices of a checkpoint stored in `dtype`."""
-    saved = 0
-    for block in anatomy.blocks:
-        shapes = block.tensors()
-        for path in (path for found in projections(block) for path in found.paths):
-            shape = shapes[f"{path}.weight"]
-            saved += prod(shape) * dtype.itemsize - bytes_of(scheme, shape, dtype)
-    return saved
+    return sum(bytes_saved_in(block, scheme, dtype) for block in anatomy.blocks)
+
+
+def bytes_saved_in(block: Block, scheme: Scheme, dtype: object) -> int:
+    """Return the bytes saved by quantizing a block's matrices; `dtype`: torch's, or its name."""
+    shapes = block.tensors()
+    matrices = [shapes[f"{path}.weight"] for found in projections(block) for path in found.paths]
+    return sum(prod(shape) * BYTES[name_of(dtype)] - bytes_of(scheme, shape, dtype) for shape in matrices)
 
 
 def tensors_of_block(block: Block) -> Iterator[str]:

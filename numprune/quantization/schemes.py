@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from numprune.byte_budget import SchemeName
 from numprune.errors import InputError
@@ -57,6 +57,15 @@ class Scheme:
 
     def __str__(self) -> str:
         return self.name if self.group_size is None else f"{self.name}, groups of {self.group_size}"
+
+
+def in_groups(name: str, group: int) -> Scheme:
+    """Return a scheme for a target with this `quantization_group`. Raises InputError."""
+    if name == "w4a16" and group not in GROUP_SIZES:
+        raise InputError(
+            f"quantization_group is {group}; for blocks in w4a16 it must be one of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    return Scheme(cast(SchemeName, name), group if name == "w4a16" else None)
 
 
 # One scheme for all blocks, or block name -> scheme; other blocks are not quantized.

@@ -188,15 +188,16 @@ def at_context(removed: RatioRemoved) -> str:
 
 def latency(found: LatencyBudget) -> str:
     """The budget of time, and how the prediction compares with the measurement."""
+    how = f" ({printable(found.served)})" if found.served else ""
     if found.measured is None or found.dense_measured is None:
         device = printable(found.estimated_for or "")
         return (
-            f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)}: estimated for {device}, not "
-            f"measured, are {number(found.predicted.ms)} ms, from {number(found.dense_predicted.ms)} ms"
+            f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)}{how}: estimated for {device}, "
+            f"not measured, are {number(found.predicted.ms)} ms, from {number(found.dense_predicted.ms)} ms"
         )
     low, high = found.measured.interval95
     return (
-        f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)} in {found.runtime}: "
+        f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)} in {found.runtime}{how}: "
         f"{number(found.predicted.ms)} ms predicted, {number(found.measured.ms)} ms measured ({span(low, high)}), from "
         f"{number(found.dense_measured.ms)} ms"
     )

@@ -121,7 +121,12 @@ def test_a_recipe_measures_blocks_and_prunes_within_the_budget(
     reading = recipe.data.reading()
     text = Text([str(inputs / "train.txt")], "")
     make_calibration(places["rows"], model=base, text=text, samples=8, sequence_length=64, seed=0, reading=reading)
-    named: dict[str, Any] = {"asked": recipe.timings, "target": recipe.sizes(), "machine": {}}
+    named: dict[str, Any] = {
+        "asked": recipe.timings,
+        "target": recipe.sizes(),
+        "served": recipe.served(),
+        "machine": {},
+    }
     table = make_timings(places["times"], model=Text(str(base.path), ""), scenario=DECODE, **named)
     (places["times"] / RESULT).write_text(table.model_dump_json())
     rows, times = (Artifact(places[name], "") for name in ("rows", "times"))
@@ -175,6 +180,7 @@ def test_masks_are_learned_within_the_budget_and_what_they_chose_is_measured(
             learned=Artifact(learned / LEARNED, ""),
             asked=recipe.prune,
             target=recipe.sizes(),
+            served=recipe.served(),
             device="cpu",
             machine={},
         )
@@ -220,7 +226,10 @@ def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_pat
         (["prune.budget=5ms@decode"], "scenario is 'decode'"),
         ([f"prune.budget=5ms@{DECODE}", "prune.ratio=0.2"], "prune.ratio = 0.2: with a time"),
         (["timings.sizes=4"], "timings: it has an effect only with a time as prune.budget"),
-        ([f"prune.budget=5ms@{DECODE}", "quantize.scheme=w8a8"], "quantize.scheme = 'w8a8': with a time"),
+        (
+            [f"prune.budget=['6MiB', '5ms@{DECODE}']", "quantize.scheme=mixed"],
+            "quantize.scheme = 'mixed': latencies are of blocks in one scheme; choose one for all",
+        ),
         ([f"prune.budget=5ms@{DECODE}", "target.tensor_parallel=2"], "tensor_parallel = 2: with a time"),
         ([f"prune.budget=5ms@{DECODE}", "prune.window=8", "prune.window_layers=1"], "prune.window = 8: with a time"),
         (

@@ -83,7 +83,12 @@ def test_recipes_with_estimates_are_refused_where_they_promise_a_speed(
 def test_the_stage_of_a_recipe_estimates(numprune: Command, inputs: Path, tmp_path: Path) -> None:
     asked = [f"prune.budget=1us@{DECODE}", "timings.runtime=roofline", "timings.device=l4", "timings.sizes=4"]
     recipe = load(inputs / "recipe.toml", asked)
-    named: dict[str, Any] = {"asked": recipe.timings, "target": recipe.sizes(), "machine": {}}
+    named: dict[str, Any] = {
+        "asked": recipe.timings,
+        "target": recipe.sizes(),
+        "served": recipe.served(),
+        "machine": {},
+    }
     table = make_timings(tmp_path, model=Text(str(inputs / "base"), ""), scenario=DECODE, **named)
     assert table.key == estimate_key(inputs / "base", "L4")
     assert prepare(recipe, tmp_path).timings_key == table.key.model_dump_json()

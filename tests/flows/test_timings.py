@@ -108,10 +108,11 @@ def test_the_command_writes_a_table(
 ) -> None:
     ignore_noise(monkeypatch)
     command = ("timings", inputs / "base", "--runtime", "onnxruntime", "--scenario", DECODE, "prefill,b=2,len=8")
-    out = tmp_path / "table.json"
-    answered = numprune(*command, "--sizes", 2, "--align", 32, "--visits", 3, "--out", out, "--json")
+    out, form = tmp_path / "table.json", ("--scheme", "w4a16", "--group-size", 32, "--lm-head-bits", 4)
+    answered = numprune(*command, *form, "--sizes", 2, "--align", 32, "--visits", 3, "--out", out, "--json")
     assert answered.code == 0, answered.err
     table = read_timings(out)
+    assert table.key.quantization == "w4a16, groups of 32, output matrix in 4 bits"
     assert answered.json["key"] == table.key.model_dump()
     assert [times.scenario for times in table.scenarios] == [DECODE, "prefill,b=2,len=8"]
     assert [len(table.scenarios[0].blocks[kind]) for kind in ("attention", "mlp")] == [2, 2]

@@ -4,22 +4,24 @@ import pytest
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
+from numprune.quantization import Scheme
 from numprune.roofline import DEVICES, Peaks, estimated, peaks_of
 from numprune.scenario import parse_scenario
+from numprune.served import AS_STORED, Served
 from numprune.slices import Size
 from numprune.target import Target
 from numprune.timings import sizes_to_time
 from tests.conftest import tiny_config
 
-SLOW_MEMORY = Peaks("all bytes", {4: 1e12}, 1.25)  # 1e9 bytes take a second
+SLOW_MEMORY = Peaks("all bytes", {4: 1e12, 1: 1e12}, 1.25)  # 1e9 bytes take a second
 SLOW_COMPUTER = Peaks("all FLOPs", {4: 1 / 600}, 1e12)  # 1e9 FLOPs take a second
 LLAMA = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}
 
 
-def times_of(config, scenario, peaks):
+def times_of(config, scenario, peaks, served=AS_STORED):
     anatomy = read_anatomy(config)
     sizes = sizes_to_time(anatomy, Target(align=16), 2)
-    return estimated(anatomy, sizes, parse_scenario(scenario), peaks, 4)
+    return estimated(anatomy, sizes, parse_scenario(scenario), peaks, "float32", served)
 
 
 def at_own_size(times, kind):
@@ -77,6 +79,36 @@ def test_experts_compute_for_their_tokens_and_are_read_if_any_token_uses_them():
     assert at_own_size(many, "experts") == pytest.approx(4 * (8 * of_expert + router + 200 * activations) * 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "written"),
+    [(None, 4 * 256), (Scheme("w8a8"), 256 + 4), (Scheme("w4a16", 64), 256 / 2 + 256 / 64 * 4)],
+)
+def test_quantized_weights_are_read_in_their_bytes(scheme, written):
+    """`written`: the bytes of a row of 256 weights with its scales."""
+    config = tiny_config("llama", **{**LLAMA, "intermediate_size": 256})
+    times = times_of(config, "decode,b=8,ctx=99", SLOW_MEMORY, Served(scheme))
+    shapes = 3 * 2 * 8 if scheme and scheme.name == "w4a16" else 0  # that are stored beside packed weights
+    activations = 2 * 8 * 256 + 2 * 8 * 256
+    assert at_own_size(times, "mlp") == pytest.approx((3 * 256 * written + shapes + 4 * activations) * 1e-6)
+    assert times.around == times_of(config, "decode,b=8,ctx=99", SLOW_MEMORY).around
+
+
+def test_products_of_8_bits_have_their_own_peak():
+    fast = Peaks("8 bits in half the time", {4: 1 / 600, 1: 1 / 300}, 1e12, fp8=False)
+    length, config = 20, tiny_config("llama", **LLAMA)
+    whole, w8a8, w4a16 = (
+        times_of(config, f"prefill,b=3,len={length}", fast, Served(scheme))
+        for scheme in (None, Scheme("w8a8"), Scheme("w4a16"))
+    )
+    assert w4a16 == whole
+    assert at_own_size(w8a8, "mlp") == pytest.approx(at_own_size(whole, "mlp") / 2)
+    scores = 4 * 3 * sum(range(1, length + 1)) * 4 * 64 * 1e-6  # are not of weights
+    attention = at_own_size(whole, "attention")
+    assert at_own_size(w8a8, "attention") == pytest.approx((attention - scores) / 2 + scores)
+    with pytest.raises(InputError, match="does not multiply FP8 numbers; choose w8a8"):
+        times_of(config, f"prefill,b=3,len={length}", fast, Served(Scheme("fp8")))
+
+
 def test_a_device_is_known_or_described():
     assert peaks_of("h200", 0, 0) is DEVICES["h200"]
     assert peaks_of("", 100, 2000).tflops[2] == 100
@@ -89,5 +121,9 @@ def test_a_device_is_known_or_described():
             peaks_of(*arguments)
     with pytest.raises(InputError, match="has no peak for values of 8 bytes"):
         estimated(
-            read_anatomy(tiny_config("llama")), {"mlp": [Size(8)]}, parse_scenario("decode,b=1,ctx=1"), DEVICES["l4"], 8
+            read_anatomy(tiny_config("llama")),
+            {"mlp": [Size(8)]},
+            parse_scenario("decode,b=1,ctx=1"),
+            DEVICES["l4"],
+            "float64",
         )

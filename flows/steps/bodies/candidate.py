@@ -16,6 +16,7 @@ from numprune.flows.steps.results import (
     RecoveredCheckpoint,
     TimedCheckpoint,
 )
+from numprune.served import Served
 from numprune.serving.report import AttentionMaps
 from numprune.target import Target
 from numprune.timings import TimingTable
@@ -30,6 +31,7 @@ def make_learned(
     asked: Learn,
     limits: Mapping[str, Any],
     target: Target,
+    served: Served,
     device: str,
 ) -> LearnedMasks:
     """Train masks, into the folder `learned`. A killed training resumes from its last state.
@@ -37,6 +39,7 @@ def make_learned(
     Args:
         times: the stage of `make_timings`, for a budget of time.
         limits: the fields `names.LEARNED_LIMITS` of the recipe's section on pruning.
+        served: how the model is whose time counts.
     """
     import torch
 
@@ -45,7 +48,7 @@ def make_learned(
     from numprune.flows.steps.training import load_rows
 
     table = read_facts(times.path, TimingTable) if times else None
-    options, where = options_of(asked, limits, target, base.path, table), torch.device(device)
+    options, where = options_of(asked, limits, target, base.path, table, served), torch.device(device)
     request, draw = request_of(asked, options), read_facts(rows.path, LearningText).draw
     return learn_checkpoint(
         base.path, load_rows(rows.path), draw, options, request, out / LEARNED, where, kept_beside(out)
@@ -125,11 +128,12 @@ def make_timings(
     scenario: str,
     asked: BlockTimings,
     target: Target,
+    served: Served,
     machine: dict[str, str],
 ) -> TimingTable:
     """Measure or estimate the latencies of the model's blocks. A killed measurement goes on where it stopped.
 
-    `machine` is part of the key.
+    `served`: how the model is. `machine` is part of the key.
     """
     from numprune.flows.stages import kept_beside
     from numprune.flows.steps.estimates import estimate
@@ -139,8 +143,8 @@ def make_timings(
     assert isinstance(model.source, str)
     base = Path(model.source)
     if asked.runtime == ROOFLINE:
-        return estimate(base, [parse_scenario(scenario)], target, asked.sizes, asked.peaks())
-    return measure(base, timing_request(asked, scenario, target), kept_beside(out))
+        return estimate(base, [parse_scenario(scenario)], target, asked.sizes, asked.peaks(), served)
+    return measure(base, timing_request(asked, scenario, target, served), kept_beside(out))
 
 
 def make_pruned_within_time(
@@ -153,6 +157,7 @@ def make_pruned_within_time(
     learned: Artifact | None,
     asked: Prune,
     target: Target,
+    served: Served,
     device: str,
     machine: dict[str, str],
 ) -> TimedCheckpoint:
@@ -160,7 +165,7 @@ def make_pruned_within_time(
 
     Args:
         base, origin, learned: as for `make_pruned`.
-        times: the stage of `make_timings`.
+        times: the stage of `make_timings`; `served`: as for it.
         machine: part of the key.
     """
     import torch
@@ -173,7 +178,8 @@ def make_pruned_within_time(
     if learned:
         plan, options = planned(learned.path / LEARNED_PLAN, asked)
     else:
-        plan, options = None, options_within_time(asked, target, base.path, read_facts(times.path, TimingTable))
+        table = read_facts(times.path, TimingTable)
+        plan, options = None, options_within_time(asked, target, base.path, table, served)
     return prune_within_time(
         base.path,
         tokens,

@@ -35,9 +35,10 @@ def check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     if recipe.prune.allowed.time is not None:
         scenario = parse_time(recipe.prune.allowed.time)[1]
         if recipe.timings.runtime == ROOFLINE:
-            estimate(base, [scenario], recipe.sizes(), recipe.timings.sizes, recipe.timings.peaks())
+            peaks = recipe.timings.peaks()
+            estimate(base, [scenario], recipe.sizes(), recipe.timings.sizes, peaks, recipe.served())
         else:
-            check_request(base, timing_request(recipe.timings, str(scenario), recipe.sizes()))
+            check_request(base, timing_request(recipe.timings, str(scenario), recipe.sizes(), recipe.served()))
             _check_timed_is_exported(recipe, base)
     options = pruning_options(recipe, base)
     if recipe.learn.method == "none":

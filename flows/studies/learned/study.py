@@ -18,6 +18,7 @@ from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.flows.steps.text import text_digest
 from numprune.flows.studies.learned import steps
+from numprune.served import AS_STORED
 from numprune.serving.report import Quality
 from numprune.target import Target
 
@@ -186,6 +187,7 @@ class Study:
                 asked=request.asked,
                 limits=limits(ratio),
                 target=Target(),
+                served=AS_STORED,
                 device=self._device,
             )
         )

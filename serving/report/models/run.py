@@ -153,8 +153,9 @@ class Milliseconds(Model):
 class LatencyBudget(Model):
     """A budget of time: the latency of one step, predicted from those of blocks and measured when it was pruned.
 
-    `corrections`: how often a measurement corrected the prediction. `estimated_for`: the device that the latencies of
-    blocks are estimated for by its data sheet; the models were then not measured.
+    `served`: how both models differ from the stored ones, like "w8a8"; empty: they do not. `corrections`: how often a
+    measurement corrected the prediction. `estimated_for`: the device that the latencies of blocks are estimated for by
+    its data sheet; the models were then not measured.
     """
 
     scenario: str
@@ -166,6 +167,7 @@ class LatencyBudget(Model):
     measured: Milliseconds | None
     corrections: Count
     estimated_for: str | None = None
+    served: str = ""
 
     @model_validator(mode="after")
     def _estimated_or_measured(self) -> Self:

@@ -1,0 +1,57 @@
+"""How a model is served whose latency counts. No tensor library is needed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from numprune.byte_budget import MIXED, SchemeName
+from numprune.errors import InputError
+from numprune.quantization.schemes import Scheme, in_groups
+from numprune.target import Target
+
+
+@dataclass(frozen=True)
+class Served:
+    """How a model is served whose latency counts.
+
+    Attributes:
+        scheme: of its projections; None: they are not quantized.
+        lm_head_bits: of the output matrix of a quantized model in ONNX Runtime.
+    """
+
+    scheme: Scheme | None = None
+    lm_head_bits: Literal[4, 8] = 8
+
+    def __post_init__(self) -> None:
+        if self.lm_head_bits != 8 and self.scheme is None:
+            raise InputError(f"lm_head_bits is {self.lm_head_bits}, which needs a scheme; choose one, or leave it out")
+
+    @property
+    def quantization(self) -> str:
+        """The scheme in words; "none" if there is none."""
+        head = ", output matrix in 4 bits" if self.lm_head_bits == 4 else ""
+        return f"{self.scheme}{head}" if self.scheme else "none"
+
+    def __str__(self) -> str:
+        """What differs from the model as it is stored; empty if nothing does."""
+        return self.quantization if self.scheme else ""
+
+    def bytes_per_weight(self, unquantized: int) -> float:
+        """Return the bytes of a projection's weight without its scale; `unquantized`: of other weights."""
+        return self.scheme.bits / 8 if self.scheme else unquantized
+
+
+AS_STORED = Served()
+
+
+def served_as(scheme: SchemeName | str, target: Target, lm_head_bits: Literal[4, 8] = 8) -> Served:
+    """Return how a model for a target is served.
+
+    Args:
+        scheme: a name of a scheme, or "none".
+
+    Raises:
+        InputError: the scheme is "mixed", or does not support the target's groups.
+    """
+    if scheme == MIXED:
+        raise InputError("scheme mixed: a table of latencies is of blocks in one scheme; choose one for all")
+    return Served(None if scheme == "none" else in_groups(scheme, target.quantization_group), lm_head_bits)
