@@ -197,7 +197,7 @@ def test_what_a_recipe_cannot_do_with_images_is_refused_before_any_work(vit: Pat
 
 
 def test_gates_on_labels_that_no_image_has_are_refused_before_any_work(vit: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "flat", 6)
+    write_images(tmp_path / "flat", 6, seed=2)
     train = write_images(tmp_path / "animals", 24, ["cat", "dog"], seed=1)  # calibration needs no classes of the model
     asked = recipe.load(vit / "recipe.toml", [f'data.heldout=["{tmp_path / "flat"}"]', f'data.calibration=["{train}"]'])
     with pytest.raises(InputError) as caught:
