@@ -1,9 +1,9 @@
 """The trainings of the study. Each is written to disk as soon as it is finished.
 
-A ticket is what magnitude pruning keeps of a trained model, with the model's weights after step k of its training
-(Frankle et al., ICML 2020, arXiv 1912.05671). It is trained to the end, pruned again, and so on. It is compared with
-the same shape, initialised anew and trained from the first step, and with as many random units (or weights), rewound
-to step k, too.
+A ticket is what magnitude pruning keeps of a trained model, as the model was after step k of its training, with the
+optimizer's moments (Frankle et al., ICML 2020, arXiv 1912.05671). It is trained to the end, pruned again, and so on. It
+is compared with the same shape, initialised anew and trained from the first step, and with as many random units (or
+weights), rewound to step k, too.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.optim import Optimizer
 
 from numprune.allocation import uniform
 from numprune.anatomy import read_anatomy
@@ -26,7 +26,7 @@ from numprune.counted import counted
 from numprune.errors import InputError
 from numprune.flows.stages import code_version
 from numprune.flows.studies.tickets.masks import Masks, Pruning, UnitPruning, WeightPruning, everything, share_left
-from numprune.flows.studies.tickets.training import BATCH_SIZE, LENGTH, Training, build, heldout_nll
+from numprune.flows.studies.tickets.training import BATCH_SIZE, LENGTH, Training, build, heldout_nll, state_of
 from numprune.options import PruneOptions, sizes_allowed
 from numprune.progress import Progress
 from numprune.recovery.state import Position, TrainingState
@@ -34,7 +34,7 @@ from numprune.recovery.state import Position, TrainingState
 Kind = Literal["dense", "ticket", "reinitialised", "random"]
 RIVALS: tuple[Kind, ...] = ("ticket", "reinitialised", "random")
 _APART = 1 << 20  # keeps seeds of new weights and of draws apart from those of the dense models
-_REWOUND = "rewound/"  # names of a dense model's weights after step k
+_REWOUND = "rewound/"  # names of a dense model's state after step k
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,16 @@ class Study:
     ) -> tuple[Position, dict[str, Tensor]]:
         started = time.perf_counter()
         model = build(seed if kind != "reinitialised" else (seed + 1) * _APART + number)
-        model.load_state_dict(start, strict=False)
         steps, rewind = self._settings.steps, self._settings.rewind
-        rewound = _weights(model) if kind == "dense" and rewind == 0 else {}
+        rewound = state_of(model) if kind == "dense" and rewind == 0 else {}
 
-        def after(step: int) -> None:
+        def after(step: int, optimizer: Optimizer) -> None:
             if kind == "dense" and step == rewind:
-                rewound.update(_weights(model))
+                rewound.update(state_of(model, optimizer))
             bar.update(note=f"seed {seed}, round {number}, {kind}")
 
-        Training(self._rows, steps, seed).run(model, masks, steps - self._steps(kind), after)
-        tensors = {f"{_REWOUND}{name}": tensor for name, tensor in rewound.items()} | _weights(model)
+        Training(self._rows, steps, seed).run(model, masks, steps - self._steps(kind), start, after)
+        tensors = {f"{_REWOUND}{name}": tensor for name, tensor in rewound.items()} | state_of(model)
         nll = heldout_nll(model, self._heldout)
         return Position(steps, time.perf_counter() - started, steps, [(steps, nll)]), tensors
 
@@ -176,7 +175,3 @@ class Study:
         decides = [asdict(self._settings), *texts, kind, seed, number, code_version("studies")]
         identity = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
         return TrainingState(out / "trainings" / f"{kind}-{seed}-{number}-{identity[:12]}", identity)
-
-
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
