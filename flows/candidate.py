@@ -1,6 +1,6 @@
 """The stages of a recipe that lead to the candidate: rows, masks, pruning, training, quantization."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from numprune.export.files import CONFIG
@@ -39,6 +39,7 @@ from numprune.flows.steps.results import (
     RecoveryText,
     TimedCheckpoint,
 )
+from numprune.hidden import Width
 from numprune.scenario import parse_time
 from numprune.served import AS_STORED
 from numprune.serving.report import AttentionMaps
@@ -129,7 +130,8 @@ def draw_attention(
     ).on_gpu()
 
 
-def time_blocks(run: Run) -> Stage[TimingTable]:
+def time_blocks(run: Run, width: Width | None) -> Stage[TimingTable]:
+    """Return the stage that times the blocks at a hidden size, a key of `run.timing_keys`."""
     assert run.recipe.prune.allowed.time is not None
     stage = Stage.of(
         "timings",
@@ -141,15 +143,16 @@ def time_blocks(run: Run) -> Stage[TimingTable]:
         asked=run.recipe.timings,
         target=run.recipe.sizes(),
         served=run.recipe.served(),
-        machine={**run.machine, "timings": run.timings_key},  # pruning refuses a table with another key
+        width=width,
+        machine={**run.machine, "timings": run.timing_keys[width]},  # pruning refuses a table with another key
     )
-    return stage.on_gpu().timed()
+    return stage.labelled(f"timings at hidden size {width.hidden_size}" if width else stage.name).on_gpu().timed()
 
 
 def prune_within_time(
     run: Run,
     calibration: StageResult[CalibrationRows],
-    times: StageResult[TimingTable],
+    times: Sequence[StageResult[TimingTable]],
     learned: StageResult[LearnedMasks] | None,
 ) -> Stage[TimedCheckpoint]:
     base, plan = _planned(run, learned)
@@ -160,7 +163,7 @@ def prune_within_time(
         base=base,
         origin=run.base,
         rows=calibration.artifact,
-        times=times.artifact,
+        times=[table.artifact for table in times],
         learned=plan,
         asked=run.recipe.prune,
         target=run.recipe.sizes(),

@@ -79,8 +79,8 @@ def judge(run: Run, make: Make) -> Judged:
     generated = make(generate(run)) if trains and run.prompts else None
     rows = make(sample_recovery(run, heldout.values(), generated)) if trains else None
     scores = {name: make(score_baseline(run, name, read)) for name, read in heldout.items()}
-    times = make(time_blocks(run)) if run.recipe.prune.allowed.time else None
-    learned = make(learn(run, learning_rows, times)) if learning_rows else None
+    times = [make(time_blocks(run, width)) for width in run.timing_keys]
+    learned = make(learn(run, learning_rows, times[0] if times else None)) if learning_rows else None
     attention = make(probe_attention(run, calibration)) if _prunes_heads(run) else None
     pruned: StageResult[PrunedCheckpoint]
     if times:

@@ -123,7 +123,6 @@ class Recipe(Section):
         for field, value, measured in (
             ("prune.ratio", self.prune.ratio, 0.0),
             ("prune.allocation", self.prune.allocation, "error"),
-            ("prune.hidden_size", self.prune.hidden_size, 0),
             ("prune.window", self.prune.window, 0),
             ("target.tensor_parallel", self.target.tensor_parallel, 1),
             ("export.dtype", self.export.dtype, "auto"),

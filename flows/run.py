@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from numprune.flows import children, logs, tracing
 from numprune.flows.recipe import Recipe
 from numprune.flows.stages import Artifact, Stage, StageResult, Text, run_stage
+from numprune.hidden import Width
 
 R = TypeVar("R")
 
@@ -38,7 +39,8 @@ class Run:
         uses_gpu: whether anything runs on a GPU.
         precision: compute precision by runtime, for exports and both sides of benchmarks.
         machine: description of the machine that timings depend on.
-        timings_key: what a table of block latencies measured now would be valid for; empty without a budget of time.
+        timing_keys: hidden size of the result, or None for the model's own -> what a table of block latencies measured
+            now would be valid for; empty without a budget of time.
         record: the folder of the run's record.
         candidates: how many this one is chosen among (see numprune.serving.gates).
     """
@@ -55,7 +57,7 @@ class Run:
     uses_gpu: bool
     precision: dict[str, str]
     machine: dict[str, str]
-    timings_key: str = ""
+    timing_keys: Mapping[Width | None, str] = field(default_factory=dict)
     tasks: Text | None = None
     decoder: Text | None = None
     fid_network: Text | None = None

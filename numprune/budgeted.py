@@ -54,13 +54,19 @@ def check_budgets(
 ) -> None:
     """Refuse budgets that the model meets as it is, or that no choice meets. Raises InputError.
 
-    `smaller`: the model has lost layers, blocks or coordinates already, which may be enough.
+    Of times that are not known yet, nothing is checked.
+
+    Args:
+        smaller: the model has lost layers, blocks or coordinates already, which may be enough.
     """
     levels = _levels(budgets, target)
-    _check_measured(anatomy, budgets)
-    allowed = sizes_within(anatomy, budgets, allowed)
     if not smaller:
         check_needed(anatomy, budgets, target)
+    budgets = _known(budgets)
+    if not budgets:
+        return
+    _check_measured(anatomy, budgets)
+    allowed = sizes_within(anatomy, budgets, allowed)
     limits = [_limit(anatomy, budget) for budget in budgets]
     for budget, limit in zip(budgets, limits, strict=True):
         _check_reachable(anatomy, budget, limit, levels, allowed)
@@ -68,7 +74,9 @@ def check_budgets(
 
 
 def check_needed(anatomy: Anatomy, budgets: Sequence[Budget], target: Target) -> None:
-    """Refuse budgets that the model meets as it is. Raises InputError."""
+    """Refuse budgets that the model meets as it is, if all times are known. Raises InputError."""
+    if len(_known(budgets)) < len(budgets):
+        return
     _check_measured(anatomy, budgets)
     limits = [_limit(anatomy, budget) for budget in budgets]
     costs = [_whole(anatomy, limit) for limit in limits]
@@ -79,6 +87,11 @@ def check_needed(anatomy: Anatomy, budgets: Sequence[Budget], target: Target) ->
         raise InputError(
             f"the budget is {asked}, and the model takes {found} as it is: nothing has to go; choose a smaller budget"
         )
+
+
+def _known(budgets: Sequence[Budget]) -> list[Budget]:
+    """Return the budgets without one of times that are not known yet."""
+    return [budget for budget in budgets if not isinstance(budget, TimeBudget) or budget.times]
 
 
 def _check_measured(anatomy: Anatomy, budgets: Sequence[Budget]) -> None:
@@ -114,7 +127,7 @@ def _limit(anatomy: Anatomy, budget: Budget) -> Limit[Form]:
     if isinstance(budget, TimeBudget):
         return Limit(
             budget.limit,
-            budget.around,
+            budget.around(anatomy),
             lambda block, form: budget.cost(block, form.size),
             lambda amount: f"{amount / PER_MS:.4g} ms",
         )

@@ -11,12 +11,12 @@ eps', too; their squares are so much larger that only rounding changes.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, sqrt
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.families import FAMILIES
-from numprune.target import Target
+from numprune.target import Target, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +25,13 @@ EPSILON = "rms_norm_eps"  # field of the configuration, in every family that `ch
 
 Basis = Literal["fisher", "coordinates"]  # see basis.py
 BASES: tuple[Basis, ...] = get_args(Basis)
+
+
+class Width(NamedTuple):
+    """A smaller hidden size, and what it keeps."""
+
+    hidden_size: int
+    basis: Basis
 
 
 @dataclass
@@ -80,6 +87,17 @@ def check_narrowable(anatomy: Anatomy) -> None:
     if reason:
         raise InputError(
             f"the hidden size of {family.name} cannot be cut: {reason}; leave out hidden_size, or the axis hidden-size"
+        )
+
+
+def check_hidden_size(anatomy: Anatomy, hidden_size: int, target: Target) -> None:
+    """Refuse a hidden size that the model cannot have, or the target does not support. Raises InputError."""
+    check_narrowable(anatomy)
+    sizes = hidden_sizes(anatomy, target)
+    if hidden_size not in sizes:
+        raise InputError(
+            f"the hidden size would be {hidden_size}, and the target needs {sizes[0]} or a multiple of it; the "
+            f"nearest: {nearest(sizes, hidden_size)}"
         )
 
 

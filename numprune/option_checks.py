@@ -13,7 +13,7 @@ from numprune.criteria import CRITERIA
 from numprune.depth import smallest_blocks, smallest_layers
 from numprune.errors import InputError
 from numprune.families import FAMILIES
-from numprune.hidden import BASES, check_narrowable, hidden_sizes, narrowed
+from numprune.hidden import BASES, check_hidden_size, check_narrowable, hidden_sizes, narrowed
 from numprune.options import (
     COMPENSATIONS,
     LEARNED,
@@ -32,7 +32,6 @@ from numprune.shape import PLAIN, Shape
 from numprune.spans import check_window, enough, least_windows
 from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
-from numprune.target import nearest
 
 
 def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = False) -> None:
@@ -253,20 +252,17 @@ def _check_hidden(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> 
             "axes: only trained masks choose the hidden size; set hidden_size, use numprune learn (in a recipe: "
             f"learn.method), or leave out {HIDDEN_SIZE}"
         )
-    if HIDDEN_SIZE in options.axes or options.hidden_size is not None:
+    if HIDDEN_SIZE in options.axes:
         check_narrowable(anatomy)
     if options.hidden_size is None:
         return
-    sizes = hidden_sizes(anatomy, options.target)
-    if options.hidden_size not in sizes:
-        raise InputError(
-            f"the hidden size would be {options.hidden_size}, and the target needs "
-            f"{sizes[0]} or a multiple of it; the nearest: {nearest(sizes, options.hidden_size)}"
-        )
+    check_hidden_size(anatomy, options.hidden_size, options.target)
     if options.basis not in BASES:
         raise InputError(f"basis is {options.basis!r}; it must be one of {', '.join(BASES)}")
-    if options.basis == "fisher":
-        _check_rotation(anatomy, options.hidden_size, sizes)
+    # A budget of time counts the output matrix that a rotation adds.
+    is_counted = options.time_budget is not None and options.hidden_size < anatomy.hidden_size
+    if options.basis == "fisher" and not is_counted:
+        _check_rotation(anatomy, options.hidden_size, hidden_sizes(anatomy, options.target))
 
 
 def _check_rotation(anatomy: Anatomy, hidden_size: int, sizes: Sequence[int]) -> None:
@@ -302,11 +298,6 @@ def _check_budgeted(anatomy: Anatomy, options: PruneOptions) -> None:
     if HIDDEN_SIZE in options.axes:
         raise InputError(
             f"axes: a budget counts embeddings at their full size; leave out {HIDDEN_SIZE}, or give a ratio"
-        )
-    if options.time_budget is not None and options.hidden_size is not None:
-        raise InputError(
-            f"hidden_size is {options.hidden_size}, and the timings are of blocks of hidden size "
-            f"{anatomy.hidden_size}; leave it out, or use another budget"
         )
     if options.kv_budget is not None and anatomy.task != "causal-lm":
         raise InputError(f"the budget is {options.kv_budget}, and this {anatomy.task} model has no KV cache")

@@ -14,7 +14,7 @@ from numprune.budgeted import Budget
 from numprune.byte_budget import ByteBudget
 from numprune.cache_budget import KvBudget, SequenceBudget
 from numprune.depth import ratio_left, without_blocks
-from numprune.hidden import Basis, narrowed, ratio_beside
+from numprune.hidden import Basis, Width, narrowed, ratio_beside
 from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.plans import Plan
 from numprune.refinement import MINUTES
@@ -138,6 +138,14 @@ def without_windows(options: PruneOptions) -> PruneOptions:
 def with_shape(options: PruneOptions, shape: Shape) -> PruneOptions:
     """Return the options for one shape."""
     return replace(options, shapes=(), hidden_size=shape.hidden_size, drop_layers=shape.drop_layers)
+
+
+def widths_of(anatomy: Anatomy, options: PruneOptions) -> list[Width | None]:
+    """Return the hidden sizes that the result may have, each once; None: the model's own."""
+    sizes = [shape.hidden_size for shape in options.shapes] or [options.hidden_size]
+    return list(
+        dict.fromkeys(None if size in (None, anatomy.hidden_size) else Width(size, options.basis) for size in sizes)
+    )
 
 
 def protected_layers(anatomy: Anatomy, options: PruneOptions) -> set[int]:

@@ -5,6 +5,7 @@ No tensor library is needed.
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated
@@ -28,51 +29,67 @@ class TimeBudget:
 
     Attributes:
         limit_ms: of the whole model.
-        times: of the blocks and around them, measured or estimated in the budget's scenario.
+        times: hidden size -> of the blocks and around them, measured or estimated in the budget's scenario. Empty
+            before that: then only what does not depend on times can be checked.
         runtime: in which they were measured; "roofline" for an estimate.
         correction: factor of all times, from measuring a whole model.
         served: how the models were that gave the times.
     """
 
     limit_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    times: ScenarioTimes
+    times: Mapping[Annotated[int, Field(ge=1)], ScenarioTimes]
     runtime: str
     correction: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     served: Served = AS_STORED
 
     def __str__(self) -> str:
-        device = self.times.estimated_for
-        said = f" (estimated for {device})" if device else ""
-        return f"{self.limit_ms:.4g} ms@{self.times.scenario}{said}"
+        said = f"@{self.scenario}" if self.times else ""
+        estimated = f" (estimated for {device})" if (device := self.estimated_for) else ""
+        return f"{self.limit_ms:.4g} ms{said}{estimated}"
 
     @property
     def described(self) -> str:
         """The budget with the runtime in which it was measured, if it was, and how models are served there."""
-        where = "" if self.times.estimated_for else f" in {self.runtime}"
+        where = "" if self.estimated_for else f" in {self.runtime}"
         how = str(self.served)
         return f"{self}{where} ({how})" if how else f"{self}{where}"
 
+    @property
+    def scenario(self) -> str:
+        """The scenario of the times, which are not empty."""
+        return next(times.scenario for times in self.times.values())
+
+    @property
+    def estimated_for(self) -> str | None:
+        """The device that the times are estimated for; None: they were measured, or will be."""
+        return next((times.estimated_for for times in self.times.values()), None)
+
     @cached_property
-    def _by_size(self) -> dict[tuple[str, Size], BlockTime]:
-        return {(kind, time.size): time for kind, measured in self.times.blocks.items() for time in measured}
+    def _by_size(self) -> dict[tuple[int, str, Size], BlockTime]:
+        return {
+            (hidden_size, kind, time.size): time
+            for hidden_size, times in self.times.items()
+            for kind, measured in times.blocks.items()
+            for time in measured
+        }
 
     def cost(self, block: Block, size: Size) -> int:
         """Return the nanoseconds of a block at this size, rounded up; it must have been measured."""
-        return self._nanoseconds(self._by_size[block.timed_as, size]) if size.units else 0
+        return self._nanoseconds(self._by_size[block.hidden_size, block.timed_as, size]) if size.units else 0
 
     def sizes(self, block: Block) -> list[Size]:
-        """Return the measured sizes of blocks of this kind."""
-        return [time.size for time in self.times.blocks.get(block.timed_as, [])]
+        """Return the measured sizes of blocks of this kind and hidden size."""
+        times = self.times.get(block.hidden_size)
+        return [time.size for time in times.blocks.get(block.timed_as, [])] if times else []
 
     @property
     def limit(self) -> int:
         """`limit_ms` in whole nanoseconds, rounded down."""
         return math.floor(self.limit_ms * PER_MS)
 
-    @property
-    def around(self) -> int:
-        """Nanoseconds around the blocks, rounded up."""
-        return self._nanoseconds(self.times.around)
+    def around(self, anatomy: Anatomy) -> int:
+        """Return the nanoseconds around the blocks of a model, rounded up; its hidden size must have been measured."""
+        return self._nanoseconds(self.times[anatomy.hidden_size].around)
 
     def _nanoseconds(self, time: Time) -> int:
         return math.ceil(time.ms * self.correction * PER_MS)
@@ -86,7 +103,9 @@ class TimeBudget:
 
         A removed block takes none, unless blocks were timed within layers: then the others hold a share of its time.
         """
-        return (block.timed_as, size) in self._by_size if size.units else not self.times.within_layers
+        if size.units:
+            return (block.hidden_size, block.timed_as, size) in self._by_size
+        return not any(times.within_layers for times in self.times.values())
 
     def predicted(self, anatomy: Anatomy) -> Time:
         """Return the predicted latency of a model.
@@ -94,11 +113,12 @@ class TimeBudget:
         Blocks of one size share the error of their time; errors of different sizes are independent.
 
         Raises:
-            InputError: a block has a size that was not measured.
+            InputError: as `check_measured`.
         """
-        counts = Counter((block.timed_as, block.size) for block in anatomy.blocks if block.units)
         self.check_measured(anatomy)
-        parts = [(1, self.times.around), *((count, self._by_size[size]) for size, count in counts.items())]
+        counts = Counter((block.hidden_size, block.timed_as, block.size) for block in anatomy.blocks if block.units)
+        around = self.times[anatomy.hidden_size].around
+        parts: list[tuple[int, Time]] = [(1, around), *((count, self._by_size[one]) for one, count in counts.items())]
         ms = math.fsum(count * time.ms for count, time in parts)
         below, above = (
             math.sqrt(math.fsum((count * (time.interval95[side] - time.ms)) ** 2 for count, time in parts))
@@ -109,7 +129,13 @@ class TimeBudget:
         )
 
     def check_measured(self, anatomy: Anatomy) -> None:
-        """Raise InputError if a block has a size that was not measured."""
+        """Raise InputError if the hidden size was not measured, or a block has a size that was not."""
+        if anatomy.hidden_size not in self.times:
+            known = ", ".join(map(str, self.times))
+            raise InputError(
+                f"timings: hidden size {anatomy.hidden_size} was not measured; measured are {known}; run numprune "
+                f"timings with --hidden-size {anatomy.hidden_size}"
+            )
         for block in anatomy.blocks:
             if not self.measured(block, block.size):
                 raise InputError(f"timings: {self.missing(block)}")

@@ -16,6 +16,7 @@ from numprune.axes import DEFAULT_AXES, Limits
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.families.family import TaskName
+from numprune.hidden import Width, check_hidden_size, narrowed
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
 
@@ -63,11 +64,15 @@ class ScenarioTimes(_Part):
 
 
 class Shape(_Part):
-    """What blocks of equal size have to share to take the same time."""
+    """What models have to share so that blocks of equal size, and what is around them, take the same time.
+
+    `tied`: the output matrix is the embedding.
+    """
 
     family: str
     task: TaskName
     hidden_size: int
+    tied: bool
     head_dim: int
     vocabulary: int
     sliding_window: int | None
@@ -160,11 +165,23 @@ def shape_of(anatomy: Anatomy) -> Shape:
         family=anatomy.family,
         task=anatomy.task,
         hidden_size=anatomy.hidden_size,
+        tied=anatomy.is_tied,
         head_dim=anatomy.head_dim,
         vocabulary=anatomy.vocabulary,
         sliding_window=anatomy.sliding_window,
         image=anatomy.image,
     )
+
+
+def anatomy_at(anatomy: Anatomy, width: Width | None, target: Target) -> Anatomy:
+    """Return the anatomy to time, at this hidden size; None: the model's own. Raises InputError as `check_hidden_size`.
+
+    The output matrix is separate from the embedding where pruning to this hidden size separates them.
+    """
+    if width is None:
+        return anatomy
+    check_hidden_size(anatomy, width.hidden_size, target)
+    return narrowed(anatomy, *width)
 
 
 def check_key(table: TimingTable, here: Key) -> None:

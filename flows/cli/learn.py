@@ -68,6 +68,7 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--timings",
+        nargs=1,
         type=Path,
         metavar="TABLE",
         help="with a --budget of time: the table of numprune timings, measured on this machine (default: none)",

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 def latency_lines(found: "LatencyBudget") -> list[str]:
     how = f" ({found.served})" if found.served else ""
     if found.measured is None or found.dense_measured is None:
+        dense = f"dense {found.dense_predicted.ms:.4g} ms, " if found.dense_predicted else ""
         return [
-            f"{found.scenario}{how}, at most {found.limit_ms:.4g} ms: dense {found.dense_predicted.ms:.4g} ms, pruned "
-            f"{found.predicted.ms:.4g} ms, estimated for {found.estimated_for}, not measured"
+            f"{found.scenario}{how}, at most {found.limit_ms:.4g} ms: {dense}pruned {found.predicted.ms:.4g} ms, "
+            f"estimated for {found.estimated_for}, not measured"
         ]
     lines = [f"{found.scenario} in {found.runtime}{how}, at most {found.limit_ms:.4g} ms:"]
     for name, predicted, measured in (
@@ -28,10 +29,8 @@ def latency_lines(found: "LatencyBudget") -> list[str]:
         ("pruned", found.predicted, found.measured),
     ):
         low, high = measured.interval95
-        lines.append(
-            f"  {name:<6} predicted {predicted.ms:.4g} ms, measured {measured.ms:.4g} ms "
-            f"(95 % interval {low:.4g} to {high:.4g})"
-        )
+        expected = f"predicted {predicted.ms:.4g} ms, " if predicted else ""
+        lines.append(f"  {name:<6} {expected}measured {measured.ms:.4g} ms (95 % interval {low:.4g} to {high:.4g})")
     times = "once" if found.corrections == 1 else f"{found.corrections} times"
     return [*lines, f"  the table was corrected {times}"] if found.corrections else lines
 
@@ -80,8 +79,9 @@ def planned_answer(base: Path, plan: "Plan", out: Path | None, started: float, p
         for name, was in budgets[0].items()
     ]
     if limit := plan.time_budget:
-        ms = [limit.predicted(anatomy).ms for anatomy in (before, plan.result(before))]
-        lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit.described})")
+        known = [anatomy for anatomy in (before, plan.result(before)) if anatomy.hidden_size in limit.times]
+        ms = " -> ".join(f"{limit.predicted(anatomy).ms:.4g}" for anatomy in known)
+        lines.append(f"  {'predicted ms':<36} {ms} ({limit.described})")
     if plan.window is not None:
         context = plan.sequence_budget.context if plan.sequence_budget else before.context
         cache = [size(kv_bytes(anatomy, context)) for anatomy in (before, after)]

@@ -93,10 +93,12 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--timings",
+        nargs="+",
+        action="extend",
         type=Path,
         metavar="TABLE",
-        help="with a --budget of time: the table of numprune timings, measured on this machine; the pruned model is "
-        "measured, too (default: none)",
+        help="with a --budget of time: the table of numprune timings, measured on this machine, and one for each "
+        "--hidden-size; the pruned model is measured, too (default: none)",
     )
     parser.add_argument(
         "--scheme",
@@ -397,9 +399,9 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
     from numprune.timings import read_timings
 
     rest = dict(given)
-    budgets, scheme, bits, table = (rest.pop(name, None) for name in ("budget", "scheme", "lm_head_bits", "timings"))
+    budgets, scheme, bits, tables = (rest.pop(name, None) for name in ("budget", "scheme", "lm_head_bits", "timings"))
     asked = parse_budgets(budgets or [])
-    if (asked.time is not None) != (table is not None):
+    if (asked.time is not None) != (tables is not None):
         raise InputError(
             f"--budget {asked.time}: a time needs --timings TABLE; make the table with numprune timings"
             if asked.time
@@ -409,16 +411,16 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
         raise InputError(
             "--scheme is counted in a --budget of bytes or time; leave it out, and give it to numprune quantize"
         )
-    if bits is not None and table is None:
+    if bits is not None and tables is None:
         raise InputError(f"--lm-head-bits {bits} has an effect only with --timings; leave it out")
     if not budgets:
         return options_of_arguments(rest)
     divided = {} if asked.sizes_by_ratio else {"allocation": "error"}
     chosen, scheme = options_of_arguments({"ratio": 0.0, **divided, **rest}), scheme or "none"
     timed = None
-    if asked.time is not None and table is not None:
+    if asked.time is not None and tables is not None:
         served = served_as(scheme, chosen.target, bits or 8)
-        timed = time_budget(base, asked.time, read_timings(table), chosen.target, served)
+        timed = time_budget(base, asked.time, [read_timings(table) for table in tables], chosen, served)
     return dataclasses.replace(
         chosen,
         budget=None if asked.bytes is None else byte_budget(base, asked.bytes, scheme),

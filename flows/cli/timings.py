@@ -87,6 +87,20 @@ def add(commands: Subcommands) -> None:
         "--align", type=at_least(1), default=8, metavar="N", help="intermediate sizes are multiples of N (default: 8)"
     )
     parser.add_argument(
+        "--hidden-size",
+        type=at_least(1),
+        metavar="N",
+        help="time the blocks, embeddings and head at this hidden size, for numprune prune --hidden-size N (default: "
+        "the model's)",
+    )
+    parser.add_argument(
+        "--basis",
+        choices=get_args(names.Basis),
+        metavar="BASIS",
+        help="with --hidden-size: the basis for numprune prune; fisher has an output matrix separate from the "
+        f"embedding; one of {', '.join(get_args(names.Basis))} (default: fisher)",
+    )
+    parser.add_argument(
         "--visits",
         type=at_least(3),
         metavar="N",
@@ -129,6 +143,7 @@ def timings(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint
     from numprune.flows.steps.estimates import estimate
     from numprune.flows.steps.timings import Request, measure
+    from numprune.hidden import Width
     from numprune.scenario import parse_scenario
     from numprune.served import served_as
     from numprune.serving.report import replace
@@ -139,22 +154,26 @@ def timings(args: argparse.Namespace) -> Answer:
     scenarios = [parse_scenario(text) for text in args.scenario]
     if len(set(scenarios)) < len(scenarios):
         raise InputError("--scenario: the same scenario is given twice; omit one")
+    if args.basis is not None and args.hidden_size is None:
+        raise InputError(f"--basis {args.basis} has an effect only with --hidden-size; leave it out")
     base = checkpoint.resolve(args.model)
     if args.group_size and args.scheme != "w4a16":
         raise InputError(f"--group-size {args.group_size} has an effect only with --scheme w4a16; leave it out")
     group = args.group_size or (names.GROUP_SIZE if args.scheme == "w4a16" else 1)
     target = Target(align=args.align, quantization_group=group)
     served = served_as(args.scheme, target, args.lm_head_bits)
+    width = None if args.hidden_size is None else Width(args.hidden_size, args.basis or "fisher")
     if args.runtime is None:
         for option, given in (("--visits", args.visits), ("--seed", args.seed)):
             if given is not None:
                 raise InputError(f"{option} has an effect only with --runtime; leave it out")
         peaks = peaks_of(args.roofline or "", args.peak_tflops or 0.0, args.bandwidth or 0.0)
-        table = estimate(base, scenarios, target, args.sizes, peaks, served)
+        table = estimate(base, scenarios, target, args.sizes, peaks, served, width)
     elif args.bandwidth is not None:
         raise InputError("--bandwidth has an effect only with --peak-tflops; leave it out")
     else:
-        asked = Request(args.runtime, scenarios, target, args.sizes, args.visits or _VISITS, args.seed or 0, served)
+        visits, seed = args.visits or _VISITS, args.seed or 0
+        asked = Request(args.runtime, scenarios, target, args.sizes, visits, seed, served, width)
         table = measure(base, asked, args.out.absolute().parent)
     replace(args.out, table.to_json())
     seconds = time.perf_counter() - started
@@ -170,6 +189,7 @@ def _lines(table: "TimingTable") -> list[str]:
     lines = [f"{runtime}, {form}, {key.device}, {key.threads} threads"]
     if table.estimate:
         lines = [f"estimated for {key.device} in {form}, not measured"]
+    lines[0] += f", at hidden size {key.shape.hidden_size:,}"
     if table.routing:
         lines.append("experts with random routers: one that prefers some experts can be slower or faster")
     for times in table.scenarios:

@@ -6,16 +6,23 @@ from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, precision
 from numprune.flows.names import ROOFLINE
+from numprune.hidden import Width
 from numprune.quantization import check_quantizable
 from numprune.roofline import Peaks, estimated
 from numprune.scenario import Scenario, check_scenario
 from numprune.served import AS_STORED, Served
 from numprune.target import Target
-from numprune.timings import Key, TimingTable, shape_of, sizes_to_time
+from numprune.timings import Key, TimingTable, anatomy_at, shape_of, sizes_to_time
 
 
 def estimate(
-    base: Path, scenarios: list[Scenario], target: Target, sizes: int, peaks: Peaks, served: Served = AS_STORED
+    base: Path,
+    scenarios: list[Scenario],
+    target: Target,
+    sizes: int,
+    peaks: Peaks,
+    served: Served = AS_STORED,
+    width: Width | None = None,
 ) -> TimingTable:
     """Return the estimated table of the model in `base`; arguments are those of `timings.Request`.
 
@@ -23,7 +30,8 @@ def estimate(
         InputError: the model is quantized, cannot be, or does not run the scenario, or as `estimated`.
     """
     compressed_tensors.refuse_quantized(base, "timing of blocks")
-    anatomy, key = read_anatomy(checkpoint.read_config(base)), estimate_key(base, peaks.name, served)
+    anatomy = anatomy_at(read_anatomy(checkpoint.read_config(base)), width, target)
+    key = estimate_key(base, peaks.name, served).model_copy(update={"shape": shape_of(anatomy)})
     if served.scheme is not None:
         check_quantizable(anatomy, served.scheme)
     if served.lm_head_bits != 8:
@@ -43,7 +51,7 @@ def estimate(
 
 
 def estimate_key(base: Path, device: str, served: Served = AS_STORED, tensor_parallel: int = 1) -> Key:
-    """Return what an estimate of the model in `base` for a device is valid for, on whichever machine.
+    """Return what an estimate at the own hidden size of the model in `base` is valid for, on whichever machine.
 
     The precision is that of the stored weights. Raises InputError.
     """

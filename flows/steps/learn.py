@@ -74,7 +74,7 @@ def options_of(
     if table is None:
         options = prune.options_of(section, target, base, "none")
     else:
-        options = options_within_time(section, target, base, table, served)
+        options = options_within_time(section, target, base, [table], served)
     return replace(options, criterion=asked.method, seed=asked.seed)
 
 

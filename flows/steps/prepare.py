@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from numprune.anatomy import family_of, read_anatomy
+from numprune.blocks import Anatomy
 from numprune.export import processors
 from numprune.export.checkpoint import read_config
 from numprune.export.manifest import folder_digest
@@ -14,6 +15,7 @@ from numprune.flows.recipe import Recipe
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps import generators
+from numprune.flows.steps.checks.pruning import pruning_options
 from numprune.flows.steps.checks.recipe import check
 from numprune.flows.steps.checks.servers import served_in
 from numprune.flows.steps.estimates import estimate_key
@@ -21,7 +23,10 @@ from numprune.flows.steps.export import precisions
 from numprune.flows.steps.models import model_folder
 from numprune.flows.steps.text import text_digest
 from numprune.flows.steps.timings import key_of
+from numprune.hidden import Width
+from numprune.options import widths_of
 from numprune.serving.vllm import environment
+from numprune.timings import anatomy_at, shape_of
 
 
 def prepare(recipe: Recipe, workspace: Path) -> Run:
@@ -58,12 +63,13 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
             "gpu": torch.cuda.get_device_name() if available else "",
             **({"vllm": str(environment.find())} if [*served_in(recipe)] else {}),
         },
-        timings_key=_timings_key(recipe, base) if recipe.prune.allowed.time else "",
+        timing_keys=_timing_keys(recipe, base, anatomy) if recipe.prune.allowed.time else {},
     )
 
 
-def _timings_key(recipe: Recipe, base: Path) -> str:
-    asked, served = recipe.timings, recipe.served()
+def _timing_keys(recipe: Recipe, base: Path, anatomy: Anatomy) -> dict[Width | None, str]:
+    asked, served, options = recipe.timings, recipe.served(), pruning_options(recipe, base)
     estimated = asked.runtime == ROOFLINE
     key = estimate_key(base, asked.peaks().name, served) if estimated else key_of(base, asked.runtime, served)
-    return key.model_dump_json()
+    shapes = {width: shape_of(anatomy_at(anatomy, width, options.target)) for width in widths_of(anatomy, options)}
+    return {width: key.model_copy(update={"shape": shape}).model_dump_json() for width, shape in shapes.items()}

@@ -130,6 +130,7 @@ def prune_checkpoint(
     draw: Draw | None = None,
     stream: bool = False,
     plan: Plan | None = None,
+    shape: ShapeChoice | None = None,
     origin: Path | None = None,
     processes: Processes = ALONE,
 ) -> PrunedCheckpoint:
@@ -137,16 +138,18 @@ def prune_checkpoint(
 
     `draw`: the source of the rows, for the plan. `stream`: only a layer and the next one are in memory, with hidden
     states in files on `out`'s disk; the result is the same. `plan`: the plan to follow, with its own `options`.
+    `shape`: how that of the options was chosen; None: if they have candidates, one is chosen here.
     `origin`: the model that `base` was trained from, for the model card; None: `base` is the user's own.
     `processes`: that share the rows; all call this, one writes, and all get the figures.
 
     Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError, ProcessError.
     """
     compressed_tensors.refuse_quantized(base, "pruning")
-    anatomy, digest, shape = read_anatomy(read_config(base)), manifest.folder_digest(base), None
+    anatomy, digest = read_anatomy(read_config(base)), manifest.folder_digest(base)
     if plan is None:
         _check(anatomy, rows, options, processes, stream=stream)
-        options, shape = _with_one_shape(base, rows, options, device)
+        options, chosen = with_one_shape(base, rows, options, device, stream=stream)
+        shape = shape or chosen
     else:
         check_applies(plan, anatomy, base, digest)
         check_shareable(options, len(rows), processes, planned=True)
@@ -202,16 +205,18 @@ def _check(anatomy: Anatomy, rows: Tensor, options: PruneOptions, processes: Pro
     check_shareable(options, len(rows), processes)
     if options.refine != "none":
         check_searchable(len(rows), resident=not stream)
-    if options.shapes:
-        check_comparable(len(rows), resident=not stream)
 
 
-def _with_one_shape(
-    base: Path, rows: Tensor, options: PruneOptions, device: torch.device
+def with_one_shape(
+    base: Path, rows: Tensor, options: PruneOptions, device: torch.device, *, stream: bool
 ) -> tuple[PruneOptions, ShapeChoice | None]:
-    """Return the options with one of their shapes, and how it was chosen; None: there were no candidates."""
+    """Return the options with one of their shapes, and how it was chosen; None: there were no candidates.
+
+    Raises InputError as `check_comparable` and `choose_shape`.
+    """
     if not options.shapes:
         return options, None
+    check_comparable(len(rows), resident=not stream)
     return choose_shape(load_model(base).to(device), rows, options, load_task(base))
 
 
@@ -365,9 +370,9 @@ def plan_checkpoint(
     """
     compressed_tensors.refuse_quantized(base, "pruning")
     _check(read_anatomy(read_config(base)), rows, options, processes, stream=stream)
+    options, shape = with_one_shape(base, rows, options, device, stream=stream)
     digest = manifest.folder_digest(base)
     processes.require_same("models, texts and options", f"{digest} {rows_digest(rows)} {options} {stream}")
-    options, shape = _with_one_shape(base, rows, options, device)
     layers: Layers
     if stream:
         layers = CheckpointLayers(base, scratch=scratch, device=device, processes=processes)

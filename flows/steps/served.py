@@ -4,12 +4,13 @@ Values do not change latencies. GPTQ, which needs a text, comes later.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
-from numprune.export import checkpoint, genai
+from numprune.export import genai
 from numprune.export.vllm import check_quantized
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.quantization import check_quantizable
@@ -17,12 +18,11 @@ from numprune.served import Served
 from numprune.serving.benchmark.visits import Runtime
 
 
-def check_served(base: Path, used: Runtime, served: Served) -> None:
-    """Refuse to time the model in `base` in a form that it or the runtime does not have. Raises InputError."""
+def check_served(config: Any, used: Runtime, served: Served) -> None:
+    """Refuse to time a model in a form that it or the runtime does not have. Raises InputError."""
     scheme = served.scheme
     if scheme is None:
         return
-    config = checkpoint.read_config(base)
     check_quantizable(read_anatomy(config), scheme)
     if used.name == "torch":
         raise InputError(

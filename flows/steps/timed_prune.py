@@ -3,7 +3,7 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +13,18 @@ from torch import Tensor
 from numprune.anatomy import read_anatomy
 from numprune.errors import EnvironmentInvalid, InputError
 from numprune.export import checkpoint, temporary
+from numprune.flows.names import ROOFLINE
 from numprune.flows.sections import Prune
 from numprune.flows.steps.benchmark import exported_as
 from numprune.flows.steps.estimates import estimate_key
 from numprune.flows.steps.export import export
-from numprune.flows.steps.prune import options_of, prune_checkpoint
+from numprune.flows.steps.prune import options_of, prune_checkpoint, with_one_shape
 from numprune.flows.steps.results import TimedCheckpoint
 from numprune.flows.steps.served import as_served
 from numprune.flows.steps.timings import key_of, runtime_of, timed_in
+from numprune.hidden import Width
 from numprune.option_checks import check_options
-from numprune.options import PruneOptions
+from numprune.options import PruneOptions, widths_of
 from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
 from numprune.scenario import parse_scenario, parse_time
 from numprune.served import Served
@@ -31,7 +33,7 @@ from numprune.serving.benchmark.visits import QUIET, Runtime, Timed, in_turn, we
 from numprune.serving.report import LatencyBudget, Milliseconds
 from numprune.target import Target
 from numprune.time_budget import TimeBudget
-from numprune.timings import Time, TimingTable, check_key
+from numprune.timings import Key, Time, TimingTable, anatomy_at, check_key, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,34 +42,78 @@ _VISITS = 6  # of each side, in vLLM
 _METRICS = {"decode": "itl", "prefill": "ttft", "forward": "latency"}  # of the benchmark, by what is timed
 
 
-def time_budget(base: Path, asked: str, table: TimingTable, target: Target, served: Served) -> TimeBudget:
+def time_budget(
+    base: Path, asked: str, tables: Sequence[TimingTable], options: PruneOptions, served: Served
+) -> TimeBudget:
     """Return the budget for the pruned model of `base`.
 
     Args:
         asked: as in `parse_time`.
-        table: of the model's blocks.
-        target: of the pruned model.
-        served: how it will be.
+        tables: of the model's blocks, one for each hidden size that the result may have; that of its own may be given
+            beside others.
+        options: of the pruning, without the budget.
+        served: how the result will be.
 
     Raises:
-        InputError: the table is of another machine, runtime or model, or lacks the scenario or a size of the model.
+        InputError: a table is missing, or of another machine, runtime or model, or lacks the scenario or a size of the
+            model.
     """
     limit_ms, scenario = parse_time(asked)
-    how = served, target.tensor_parallel
-    if table.estimate:
-        check_key(table, estimate_key(base, table.key.device, *how))
-    else:
-        check_key(table, key_of(base, table.key.runtime, *how))
-    budget = TimeBudget(limit_ms, table.times(str(scenario)), table.key.runtime, served=served)
-    budget.check_measured(read_anatomy(checkpoint.read_config(base)))
+    anatomy, first = read_anatomy(checkpoint.read_config(base)), tables[0].key
+    how = served, options.target.tensor_parallel
+    here = estimate_key(base, first.device, *how) if tables[0].estimate else key_of(base, first.runtime, *how)
+    left = _by_hidden_size(tables)
+    widths = widths_of(anatomy, options)
+    if None not in widths and anatomy.hidden_size in left:
+        widths.append(None)  # for the prediction of the dense model
+    results, times = [anatomy_at(anatomy, width, options.target) for width in widths], {}
+    for width, result in zip(widths, results, strict=True):
+        table = left.pop(result.hidden_size, None)
+        if table is None:
+            raise InputError(
+                f"timings: no table is of hidden size {result.hidden_size}; make it with "
+                f"{_command(base, first, str(scenario), served, width)}"
+            )
+        check_key(table, here.model_copy(update={"shape": shape_of(result)}))
+        times[result.hidden_size] = table.times(str(scenario))
+    if left:
+        raise InputError(
+            f"timings: the hidden size of the result cannot be {', '.join(map(str, left))}; leave these tables out"
+        )
+    budget = TimeBudget(limit_ms, times, first.runtime, served=served)
+    for result in results:
+        budget.check_measured(result)
     return budget
 
 
-def options_within_time(asked: Prune, target: Target, base: Path, table: TimingTable, served: Served) -> PruneOptions:
+def _by_hidden_size(tables: Sequence[TimingTable]) -> dict[int, TimingTable]:
+    """Return the tables by hidden size. Raises InputError if there are two of one."""
+    found: dict[int, TimingTable] = {}
+    for table in tables:
+        size = table.key.shape.hidden_size
+        if found.setdefault(size, table) is not table:
+            raise InputError(f"timings: two tables are of hidden size {size}; leave one of them out")
+    return found
+
+
+def _command(base: Path, key: Key, scenario: str, served: Served, width: Width | None) -> str:
+    """Return the command that makes a table beside one with this key."""
+    where = "--roofline DEVICE" if key.runtime == ROOFLINE else f"--runtime {key.runtime}"
+    options = [f"--hidden-size {width.hidden_size} --basis {width.basis}"] if width else []
+    if served.scheme is not None:
+        group = f" --group-size {served.scheme.group_size}" if served.scheme.group_size else ""
+        head = f" --lm-head-bits {served.lm_head_bits}" if served.lm_head_bits != 8 else ""
+        options.append(f"--scheme {served.scheme.name}{group}{head}")
+    return " ".join(["numprune timings", str(base), where, f"--scenario {scenario}", *options, "--out TABLE"])
+
+
+def options_within_time(
+    asked: Prune, target: Target, base: Path, tables: Sequence[TimingTable], served: Served
+) -> PruneOptions:
     """Return the options of a recipe with a budget of time. Raises InputError as `time_budget`."""
     assert asked.allowed.time is not None
     options = options_of(asked, target, base, served.scheme.name if served.scheme else "none")
-    return replace(options, time_budget=time_budget(base, asked.allowed.time, table, target, served))
+    return replace(options, time_budget=time_budget(base, asked.allowed.time, tables, options, served))
 
 
 def prune_within_time(
@@ -86,8 +132,8 @@ def prune_within_time(
 
     If the budget is of a quantized model, both sides are quantized to be measured; what is written is not.
     A result that is slower, by more than its interval, corrects the table by measured / predicted; it is then pruned
-    again, at most three times. A plan is only measured, because nothing else would be as it says. With an estimated
-    table nothing is measured: there is no target.
+    again, at most three times, to the shape that was chosen first. A plan is only measured, because nothing else would
+    be as it says. With an estimated table nothing is measured: there is no target.
 
     `plan`, `origin`: as for `prune_checkpoint`.
 
@@ -96,12 +142,15 @@ def prune_within_time(
         EnvironmentInvalid: the machine is in no state to measure.
     """
     assert options.time_budget is not None
-    limit_ms = options.time_budget.limit_ms
+    budget, shape = options.time_budget, None
+    limit_ms = budget.limit_ms
+    if plan is None:
+        options, shape = with_one_shape(base, rows, options, device, stream=stream)
     with temporary.beside(out) as scratch:
         folder = scratch / "pruned"
         for corrections in range(_CORRECTIONS + 1):
             made = prune_checkpoint(
-                base, rows, options, folder, device, draw=draw, stream=stream, plan=plan, origin=origin
+                base, rows, options, folder, device, draw=draw, stream=stream, plan=plan, shape=shape, origin=origin
             )
             with tempfile.TemporaryDirectory(dir=scratch) as exports:
                 found = _latencies(base, folder, corrections, Path(exports))
@@ -113,7 +162,7 @@ def prune_within_time(
                 raise InputError(f"the budget is {options.time_budget}, and {said}: {_remedy(found)}")
             logger.warning("%s; the table is corrected by that", said)
             shutil.rmtree(folder)
-            budget = options.time_budget.corrected(found.measured.ms / found.predicted.ms)
+            budget = budget.corrected(found.measured.ms / found.predicted.ms)
             options = replace(options, time_budget=budget)
             _check_still_possible(base, options, said)
         assert found.measured is not None
@@ -145,24 +194,24 @@ def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> Lat
     assert budget is not None
     dense, after = (read_anatomy(checkpoint.read_config(folder)) for folder in (base, pruned))
     measured: dict[str, Milliseconds] = {}
-    if budget.times.estimated_for is None:
-        timed = timed_in(parse_scenario(budget.times.scenario), dense)
+    if budget.estimated_for is None:
+        timed = timed_in(parse_scenario(budget.scenario), dense)
         sides = {
             side: as_served(folder, scratch / f"{side}-quantized", budget.served)
             for side, folder in (("baseline", base), ("candidate", pruned))
         }
         measured = _measured(runtime_of(base, budget.runtime), sides, timed, scratch)
     return LatencyBudget(
-        scenario=budget.times.scenario,
+        scenario=budget.scenario,
         runtime=budget.runtime,
         served=str(budget.served),
         limit_ms=budget.limit_ms,
-        dense_predicted=_reported(budget.predicted(dense)),
+        dense_predicted=_reported(budget.predicted(dense)) if dense.hidden_size in budget.times else None,
         dense_measured=measured.get("baseline"),
         predicted=_reported(budget.predicted(after)),
         measured=measured.get("candidate"),
         corrections=corrections,
-        estimated_for=budget.times.estimated_for,
+        estimated_for=budget.estimated_for,
     )
 
 

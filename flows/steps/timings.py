@@ -25,6 +25,7 @@ from numprune.flows.steps.benchmark import encoder_load, exported_as
 from numprune.flows.steps.export import export, precision_of
 from numprune.flows.steps.served import as_served, check_served
 from numprune.flows.steps.training import alone_in
+from numprune.hidden import Width
 from numprune.progress import Progress, progress
 from numprune.scenario import Scenario, check_scenario, parse_scenario
 from numprune.served import AS_STORED, Served
@@ -47,7 +48,7 @@ from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import INSTALL, Environment
 from numprune.target import Target
 from numprune.timed_models import TimedModel, TimedModels, Weights, check_measurable, within_layers
-from numprune.timings import BlockTime, Key, ScenarioTimes, Time, TimingTable, shape_of, sizes_to_time
+from numprune.timings import BlockTime, Key, ScenarioTimes, Time, TimingTable, anatomy_at, shape_of, sizes_to_time
 
 _ANCHORS = 3  # visits of the largest model at the start and at the end of a run
 _PACKAGES = {"torch": ("torch", "transformers"), "onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
@@ -65,6 +66,7 @@ class Request:
         visits: of each model.
         seed: of the order and of the weights.
         served: how the model is.
+        width: of the pruned model; None: its hidden size is the model's own.
     """
 
     runtime: str
@@ -74,15 +76,22 @@ class Request:
     visits: int
     seed: int
     served: Served = AS_STORED
+    width: Width | None = None
 
 
-def timing_request(asked: BlockTimings, scenario: str, target: Target, served: Served) -> Request:
+def timing_request(
+    asked: BlockTimings, scenario: str, target: Target, served: Served, width: Width | None = None
+) -> Request:
     """Return the request of a recipe."""
-    return Request(asked.runtime, [parse_scenario(scenario)], target, asked.sizes, asked.visits, asked.seed, served)
+    scenarios = [parse_scenario(scenario)]
+    return Request(asked.runtime, scenarios, target, asked.sizes, asked.visits, asked.seed, served, width)
 
 
 def key_of(base: Path, runtime: str, served: Served = AS_STORED, tensor_parallel: int = 1) -> Key:
-    """Return what a table measured here would be valid for. Raises InputError, MissingRuntime."""
+    """Return what a table measured here at the model's own hidden size would be valid for.
+
+    Raises InputError, MissingRuntime.
+    """
     used, anatomy = runtime_of(base, runtime), read_anatomy(checkpoint.read_config(base))
     return Key(
         runtime=runtime,
@@ -134,7 +143,8 @@ def check_request(base: Path, asked: Request) -> None:
         raise MissingRuntime(
             f'runtime {asked.runtime} is not installed; pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"'
         )
-    anatomy = read_anatomy(checkpoint.read_config(base))
+    config = checkpoint.read_config(base)
+    anatomy = anatomy_at(read_anatomy(config), asked.width, asked.target)
     check_measurable(anatomy)
     if anatomy.task != CAUSAL_LM:
         encoder_load(anatomy, asked.runtime, {})
@@ -143,20 +153,19 @@ def check_request(base: Path, asked: Request) -> None:
         extra = ahead(load) if asked.runtime == "vllm" and isinstance(load, Load) else 0
         check_scenario(scenario, anatomy, load.positions + extra)
     used = runtime_of(base, asked.runtime)
-    check_served(base, used, asked.served)
+    check_served(pruned_config(config, anatomy) if asked.width else config, used, asked.served)
     if used.vllm:
-        _check_served(base, used.vllm, asked, used.dtype)
+        _check_served(base, anatomy, used.vllm, asked, used.dtype)
     else:
         sizes_to_time(anatomy, asked.target, asked.sizes)
 
 
-def _check_served(base: Path, found: Environment, asked: Request, dtype: str) -> None:
+def _check_served(base: Path, anatomy: Anatomy, found: Environment, asked: Request, dtype: str) -> None:
     """Raises InputError, MissingRuntime unless vLLM runs every model that is timed."""
     config = checkpoint.read_config(base)
     vllm.check_settings(config)
     if dtype not in precision.DTYPES:
         raise InputError(f"timings: {base} is stored in {dtype}; vLLM computes in {', '.join(precision.DTYPES)}")
-    anatomy = read_anatomy(config)
     head, sizes_of_kinds = anatomy.head_dim, sizes_to_time(anatomy, asked.target, asked.sizes)
     timed = TimedModels(anatomy, sizes_of_kinds, asked.served.bytes_per_weight(precision.DTYPES[dtype].itemsize))
     if found.cpu and head not in vllm.CPU_HEAD_SIZES:
@@ -202,8 +211,8 @@ class _Run:
     def __init__(self, base: Path, asked: Request, scratch: Path) -> None:
         self.base, self.asked = base, asked
         self.config = checkpoint.read_config(base)
-        self.anatomy = read_anatomy(self.config)
-        self.key = key_of(base, asked.runtime, asked.served)
+        self.anatomy = anatomy_at(read_anatomy(self.config), asked.width, asked.target)
+        self.key = key_of(base, asked.runtime, asked.served).model_copy(update={"shape": shape_of(self.anatomy)})
         self.runtime = runtime_of(base, asked.runtime)
         sizes = sizes_to_time(self.anatomy, asked.target, asked.sizes)
         unquantized = precision.DTYPES[self.key.dtype].itemsize

@@ -86,7 +86,8 @@ class Constraint:
         """Return the share to remove: what the budget demands, otherwise `asked`."""
         if self.budget is None:
             return asked
-        return 1 - (self.budget.limit - self.budget.around) / self.whole
+        around = self.budget.around(self.anatomy) if isinstance(self.budget, TimeBudget) else self.budget.around
+        return 1 - (self.budget.limit - around) / self.whole
 
     def narrowed(self, hidden_size: int) -> "Constraint":
         """Return the constraint on a model with another hidden size."""

@@ -137,7 +137,7 @@ def cost_and_limit(anatomy: Anatomy, options: PruneOptions) -> tuple[Callable[[B
         value = budget.value
         return lambda block, size: block_bytes(block, Form(size, None), value), budget.limit - budget.around
     if (times := options.time_budget) is not None:
-        return times.cost, times.limit - times.around
+        return times.cost, times.limit - times.around(anatomy)
     if (cache := options.kv_budget) is not None:
         return lambda block, size: cache.cost(anatomy, block, size), cache.limit
     return Block.parameters, most_cost(anatomy, options.ratio)

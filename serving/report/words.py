@@ -191,9 +191,10 @@ def latency(found: LatencyBudget) -> str:
     how = f" ({printable(found.served)})" if found.served else ""
     if found.measured is None or found.dense_measured is None:
         device = printable(found.estimated_for or "")
+        before = f", from {number(found.dense_predicted.ms)} ms" if found.dense_predicted else ""
         return (
             f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)}{how}: estimated for {device}, "
-            f"not measured, are {number(found.predicted.ms)} ms, from {number(found.dense_predicted.ms)} ms"
+            f"not measured, are {number(found.predicted.ms)} ms{before}"
         )
     low, high = found.measured.interval95
     return (

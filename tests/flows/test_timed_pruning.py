@@ -21,6 +21,7 @@ from numprune.flows.steps.bodies.candidate import make_pruned_within_time, make_
 from numprune.flows.steps.bodies.rows import make_calibration
 from numprune.flows.steps.report import pruning_section
 from numprune.flows.steps.results import TimedCheckpoint
+from numprune.hidden import Width
 from numprune.plans import PLAN_FILE, read_plan
 from numprune.timings import TimingTable
 from tests.conftest import build_tiny, write_checkpoint
@@ -85,6 +86,28 @@ def test_a_measurement_corrects_the_table(
     assert f"(to meet a budget of {0.8 * whole:.4g} ms@{DECODE} in torch)" in card
 
 
+@pytest.mark.slow
+def test_a_correction_keeps_the_chosen_shape(
+    numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark_on(monkeypatch, lambda _: 1.1)
+    whole = write_table(inputs / "base", tmp_path / "table.json", 1.0)
+    write_table(inputs / "base", tmp_path / "narrower.json", 1.0, width=Width(48, "coordinates"))
+    candidates = (tmp_path / "narrower.json", "--hidden-size", 48, "--basis", "coordinates", "--drop-layers", 0, 1)
+    *command, budget, limit, option, table = command_of(inputs, tmp_path, 0.7 * whole)[:7]
+    rest = command_of(inputs, tmp_path, 0.7 * whole)[7:]
+    answered = numprune(*command, budget, limit, option, table, *candidates, *rest, "--json")
+    assert answered.code == 0, answered.err
+    found, plan = answered.json["latency"], read_plan(tmp_path / "pruned" / PLAN_FILE)
+    assert (found["corrections"], found["dense_predicted"]["ms"] > whole) == (1, True)
+    assert found["measured"]["ms"] <= found["limit_ms"]
+    assert plan.shape is not None
+    assert answered.json["shape"] == plan.shape.model_dump()
+    left = checkpoint.read_config(tmp_path / "pruned")
+    chosen = plan.shape.tried[0]
+    assert (left.hidden_size, 2 - left.num_hidden_layers) == (chosen.hidden_size, chosen.drop_layers)
+
+
 def test_a_model_that_stays_too_slow_is_refused(
     numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,11 +150,11 @@ def test_a_recipe_measures_blocks_and_prunes_within_the_budget(
         "served": recipe.served(),
         "machine": {},
     }
-    table = make_timings(places["times"], model=Text(str(base.path), ""), scenario=DECODE, **named)
+    table = make_timings(places["times"], model=Text(str(base.path), ""), scenario=DECODE, width=None, **named)
     (places["times"] / RESULT).write_text(table.model_dump_json())
     rows, times = (Artifact(places[name], "") for name in ("rows", "times"))
     named |= {"asked": recipe.prune, "device": "cpu"}
-    named |= {"base": base, "origin": base, "rows": rows, "times": times}
+    named |= {"base": base, "origin": base, "rows": rows, "times": [times]}
     made = make_pruned_within_time(places["pruned"], learned=None, **named)
     assert read_facts(places["times"], TimingTable) == table
     assert made.digest == manifest.read(places["pruned"] / "checkpoint").digest
@@ -176,7 +199,7 @@ def test_masks_are_learned_within_the_budget_and_what_they_chose_is_measured(
             base=Artifact(base, ""),
             origin=Artifact(base, ""),
             rows=Artifact(rows, ""),
-            times=Artifact(tmp_path, ""),
+            times=[Artifact(tmp_path, "")],
             learned=Artifact(learned / LEARNED, ""),
             asked=recipe.prune,
             target=recipe.sizes(),
@@ -214,6 +237,13 @@ def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_pat
     assert f"budget 5ms@{DECODE}, among sizes that are measured" in answered.out
     lines = [line.split()[0] for line in answered.out.splitlines()]
     assert lines.index("timings") < lines.index("prune")
+    shapes = ("--set", "prune.hidden_size=[48]", "--set", "prune.drop_layers=[0, 1]")
+    several = numprune("plan", inputs / "recipe.toml", *asked, *shapes)
+    assert several.code == 0, several.err
+    assert "one of 4 candidates" in several.out
+    assert several.out.count("timings at hidden size 48") == 1
+    alone = numprune("plan", inputs / "recipe.toml", *asked, "--set", "prune.drop_layers=1")
+    assert alone.code == 0, alone.err
     learned = numprune("plan", inputs / "recipe.toml", *asked, "--set", "learn.method=vib")
     assert learned.code == 0, learned.err
     lines = [line.split()[0] for line in learned.out.splitlines()]

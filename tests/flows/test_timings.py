@@ -18,9 +18,10 @@ from numprune.flows.run import prepare
 from numprune.flows.stages import place_of
 from numprune.flows.steps import timings
 from numprune.flows.steps.timings import key_of, measure
+from numprune.hidden import Width, narrowed
 from numprune.scenario import parse_scenario
 from numprune.time_budget import TimeBudget
-from numprune.timings import read_timings
+from numprune.timings import read_timings, shape_of
 from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.conftest import Answered
 from tests.flows.timing import AROUND_MS, DECODE, FORWARD, asked, ignore_noise, inputs, latency, machine  # noqa: F401
@@ -45,6 +46,19 @@ def test_differences_between_models_are_the_times_of_blocks(
     assert table.drift == {DECODE: 1.0}
     assert table.key == key_of(inputs / "base", "torch")
     assert not list(tmp_path.iterdir())
+
+
+def test_blocks_are_timed_at_another_hidden_size(inputs: Path, tmp_path: Path, machine: SimpleNamespace) -> None:
+    width = Width(32, "fisher")
+    table = measure(inputs / "base", asked(width=width), tmp_path)
+    anatomy = narrowed(read_anatomy(checkpoint.read_config(inputs / "base")), *width)
+    assert table.key == key_of(inputs / "base", "torch").model_copy(update={"shape": shape_of(anatomy)})
+    assert (table.key.shape.hidden_size, table.key.shape.tied) == (32, False)
+    times = table.times(DECODE)
+    assert times.around.ms == pytest.approx(AROUND_MS)
+    for kind, measured in times.blocks.items():
+        block = anatomy.of_kind(kind)[0]
+        assert [time.ms for time in measured] == pytest.approx([1e-3 * block.parameters(one.size) for one in measured])
 
 
 def test_a_killed_measurement_goes_on_where_it_stopped(inputs: Path, tmp_path: Path, machine: SimpleNamespace) -> None:
@@ -108,12 +122,14 @@ def test_the_command_writes_a_table(
 ) -> None:
     ignore_noise(monkeypatch)
     command = ("timings", inputs / "base", "--runtime", "onnxruntime", "--scenario", DECODE, "prefill,b=2,len=8")
+    command += ("--hidden-size", 32)
     out, form = tmp_path / "table.json", ("--scheme", "w4a16", "--group-size", 32, "--lm-head-bits", 4)
     answered = numprune(*command, *form, "--sizes", 2, "--align", 32, "--visits", 3, "--out", out, "--json")
     assert answered.code == 0, answered.err
     table = read_timings(out)
     assert table.key.quantization == "w4a16, groups of 32, output matrix in 4 bits"
     assert answered.json["key"] == table.key.model_dump()
+    assert table.key.shape.hidden_size == 32
     assert [times.scenario for times in table.scenarios] == [DECODE, "prefill,b=2,len=8"]
     assert [len(table.scenarios[0].blocks[kind]) for kind in ("attention", "mlp")] == [2, 2]
     refused = numprune(*command, "--out", out)
@@ -156,7 +172,8 @@ def test_encoders_experts_and_windows_are_timed(
     table = measure(base, asked(scenarios=[parse_scenario(scenario)], sizes=2), tmp_path)
     assert table.times(scenario).blocks.keys() == kinds
     assert table.routing == ("uniform" if "experts" in kinds else None)
-    predicted = TimeBudget(1, table.times(scenario), "torch").predicted(read_anatomy(model.config)).ms
+    times = {table.key.shape.hidden_size: table.times(scenario)}
+    predicted = TimeBudget(1, times, "torch").predicted(read_anatomy(model.config)).ms
     assert predicted == pytest.approx(latency(model.config))
     assert table.key.shape.task == read_anatomy(model.config).task
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
@@ -178,7 +195,7 @@ def test_a_stage_measures_again_where_its_table_would_be_refused(
     recipe = load(inputs / "recipe.toml", [f"prune.budget=5ms@{DECODE}"])
 
     def place() -> Path:
-        return place_of(tmp_path / "w", time_blocks(prepare(recipe, tmp_path / "w"))).path
+        return place_of(tmp_path / "w", time_blocks(prepare(recipe, tmp_path / "w"), None)).path
 
     here = place()
     assert place() == here

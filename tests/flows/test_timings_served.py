@@ -109,7 +109,7 @@ def test_a_recipe_times_what_it_releases(numprune: Command, inputs: Path, tmp_pa
     recipe = load(inputs / "recipe.toml", here)
     assert recipe.served() == Served(GROUPS, 4)
     key = key_of(inputs / "base", "onnxruntime", Served(GROUPS, 4))
-    assert prepare(recipe, tmp_path).timings_key == key.model_dump_json()
+    assert prepare(recipe, tmp_path).timing_keys == {None: key.model_dump_json()}
     settings = ("--workspace", tmp_path / "w", *(part for one in here for part in ("--set", one)))
     answered = numprune("plan", inputs / "recipe.toml", *settings)
     assert answered.code == 0, answered.err

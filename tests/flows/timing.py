@@ -13,12 +13,13 @@ from numprune.axes import Limits
 from numprune.export import checkpoint
 from numprune.flows.steps import timed_prune, timings
 from numprune.flows.steps.timings import Request, key_of
+from numprune.hidden import Width
 from numprune.scenario import Scenario
 from numprune.serving.benchmark import visits
 from numprune.serving.benchmark.scheduler import ThreadTimes
 from numprune.serving.benchmark.visits import Runtime, Visit
 from numprune.target import Target, allowed_sizes
-from numprune.timings import BlockTime, ScenarioTimes, Time, TimingTable
+from numprune.timings import BlockTime, ScenarioTimes, Time, TimingTable, anatomy_at, shape_of
 from tests.conftest import build_tiny
 from tests.flows.conftest import RECIPE, write_inputs
 
@@ -84,9 +85,11 @@ def ignore_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timings, "_positive", lambda ms, interval, _: Time(ms=abs(ms) + 1e-9, interval95=interval))
 
 
-def write_table(base: Path, out: Path, factor: float, scenario: str = DECODE, **changes: Any) -> float:
+def write_table(
+    base: Path, out: Path, factor: float, scenario: str = DECODE, width: Width | None = None, **changes: Any
+) -> float:
     """Write a table that would be right on a machine `factor` times as fast as that of `latency`; return the whole."""
-    anatomy = read_anatomy(checkpoint.read_config(base))
+    anatomy = anatomy_at(read_anatomy(checkpoint.read_config(base)), width, Target())
     allowed = allowed_sizes(anatomy, Target(), Limits())
     blocks: dict[str, list[BlockTime]] = {}
     for kind in anatomy.kinds:
@@ -98,7 +101,7 @@ def write_table(base: Path, out: Path, factor: float, scenario: str = DECODE, **
                 blocks.setdefault(kind, []).append(time)
     around = Time(ms=factor * AROUND_MS, interval95=(factor * AROUND_MS, factor * AROUND_MS))
     times = ScenarioTimes(scenario=scenario, around=around, blocks=blocks)
-    key = key_of(base, "torch").model_copy(update=changes)
+    key = key_of(base, "torch").model_copy(update={"shape": shape_of(anatomy), **changes})
     table = TimingTable(key=key, copies={"mlp": 2}, visits=3, drift={scenario: 1.0}, scenarios=[times])
     out.write_text(table.to_json())
     return factor * latency(checkpoint.read_config(base))

@@ -54,7 +54,7 @@ def budgets_of(times, bytes_share, time_share):
     for cost, share in ((weight_bytes, bytes_share), (lambda sizes: milliseconds(times, sizes), time_share)):
         least, whole = min(map(cost, every)), cost(WHOLE)
         found.append(least + share * (whole - least))
-    return [byte_budget(int(found[0])), TimeBudget(found[1], times, "torch")]
+    return [byte_budget(int(found[0])), TimeBudget(found[1], {64: times}, "torch")]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -74,7 +74,7 @@ def test_the_choice_is_within_all_budgets_and_the_stated_gap(seed, shares):
     cheapest = min(price(errors, other) for other in possible)
     assert found.bound <= cheapest * (1 + 1e-9)
     assert found.price <= cheapest * 1.1
-    doubled = [budgets[0], TimeBudget(2 * budgets[1].limit_ms, times, "torch", correction=2.0)]
+    doubled = [budgets[0], TimeBudget(2 * budgets[1].limit_ms, {64: times}, "torch", correction=2.0)]
     assert by_budgets(ANATOMY, doubled, TARGET, ALLOWED, errors, {}).forms == found.forms
 
 

@@ -6,17 +6,23 @@ import pytest
 import torch
 
 from numprune.anatomy import read_anatomy
+from numprune.axes import Limits
 from numprune.byte_budget import ByteBudget
 from numprune.curves import error_at
 from numprune.errors import InputError
+from numprune.hidden import narrowed
 from numprune.layers import CopiedLayers
 from numprune.learning import check_learning
 from numprune.option_checks import check_options
 from numprune.options import PruneOptions, left_of, with_shape
+from numprune.planned import check_plan
 from numprune.pruning import plan_layers, prune
 from numprune.shape import PLAIN, Shape, shape_fields, shapes_of
 from numprune.shaping import _Study, choose_shape, divergence
+from numprune.target import Target, allowed_sizes
+from numprune.time_budget import TimeBudget
 from tests.conftest import build_tiny, tiny_config
+from tests.numprune.test_time_budget import table
 
 ROWS = torch.randint(0, 256, (16, 20), generator=torch.Generator().manual_seed(0))
 APART = torch.arange(len(ROWS)) % 4 == 0
@@ -88,6 +94,37 @@ def test_candidates_share_a_budget_of_bytes(model):
     for shape in (Shape(56, 0), Shape(48, 1)):
         made = prune(model, ROWS, with_shape(replace(options, drop_layers=0), shape)).model
         assert 4 * sum(parameter.numel() for parameter in made.parameters()) <= budget.limit
+
+
+def times_at(anatomy, ms_per_parameter=1e-6):
+    allowed = allowed_sizes(anatomy, Target(), Limits())
+    around = ms_per_parameter * anatomy.output_parameters
+    return table(lambda block, size: ms_per_parameter * block.parameters(size), around, anatomy, allowed)
+
+
+def test_candidates_share_a_budget_of_time(model):
+    anatomy = read_anatomy(model.config)
+    times = {one.hidden_size: times_at(one) for one in (anatomy, *(narrowed(anatomy, n, "fisher") for n in (56, 48)))}
+    limit_ms = 0.7 * TimeBudget(1, times, "torch").predicted(anatomy).ms
+    budget = TimeBudget(limit_ms, times, "torch")
+    options, choice = choose_shape(model, ROWS, replace(OPTIONS, ratio=0.0, time_budget=budget))
+    assert len(choice.tried) == len(SHAPES)
+    made = prune(model, ROWS, with_shape(options, Shape(48, 1)))
+    assert 0.6 * limit_ms < budget.predicted(read_anatomy(made.model.config)).ms <= limit_ms
+    check_plan(anatomy, made.plan)
+
+
+def test_each_hidden_size_is_priced_by_its_own_times(model, study):
+    anatomy = read_anatomy(model.config)
+    times = {64: times_at(anatomy, 1e-4), **{n: times_at(narrowed(anatomy, n, "fisher")) for n in (56, 48)}}
+    budget = TimeBudget(
+        0.9 * TimeBudget(1, times, "torch").predicted(narrowed(anatomy, 48, "fisher")).ms, times, "torch"
+    )
+    priced = dict(replace(study, options=replace(OPTIONS, ratio=0.0, time_budget=budget)).priced())
+    assert priced.keys() == {shape for shape in SHAPES if shape.hidden_size}
+    del times[56]
+    with pytest.raises(InputError, match="hidden size 56 was not measured; measured are 64, 48"):
+        check_options(anatomy, replace(with_shape(OPTIONS, Shape(56, 0)), ratio=0.0, time_budget=budget))
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def price(errors, sizes):
 
 
 def milliseconds(times, sizes):
-    return TimeBudget(1, times, "torch").predicted(ANATOMY.keeping(sizes)).ms
+    return TimeBudget(1, {64: times}, "torch").predicted(ANATOMY.keeping(sizes)).ms
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -110,7 +110,7 @@ def test_the_choice_is_the_cheapest_of_all_within_the_budget(seed, share):
     every = [dict(zip(names, sizes, strict=True)) for sizes in itertools.product(*(ALLOWED[name] for name in names))]
     found = sorted(milliseconds(times, sizes) for sizes in every)
     limit = found[0] + share * (milliseconds(times, {b.name: b.size for b in ANATOMY.blocks}) - found[0])
-    chosen = by_time(ANATOMY, TimeBudget(limit, times, "torch"), ALLOWED, errors)
+    chosen = by_time(ANATOMY, TimeBudget(limit, {64: times}, "torch"), ALLOWED, errors)
     assert milliseconds(times, chosen) <= limit
     best = min(price(errors, sizes) for sizes in every if milliseconds(times, sizes) <= limit - 1e-5)
     assert price(errors, chosen) <= best
@@ -120,10 +120,10 @@ def test_twice_the_times_and_the_budget_give_the_same_sizes():
     times, errors = random_table(0), random_errors(0)
     doubled = table(lambda block, size: 2 * next(t.ms for t in times.blocks[block.kind] if t.size == size), around=2.0)
     limit = 0.8 * milliseconds(times, {block.name: block.size for block in ANATOMY.blocks})
-    once = by_time(ANATOMY, TimeBudget(limit, times, "torch"), ALLOWED, errors)
-    assert by_time(ANATOMY, TimeBudget(2 * limit, doubled, "torch"), ALLOWED, errors) == once
+    once = by_time(ANATOMY, TimeBudget(limit, {64: times}, "torch"), ALLOWED, errors)
+    assert by_time(ANATOMY, TimeBudget(2 * limit, {64: doubled}, "torch"), ALLOWED, errors) == once
     assert once != {block.name: block.size for block in ANATOMY.blocks}
-    corrected = TimeBudget(2 * limit, times, "torch").corrected(2)
+    corrected = TimeBudget(2 * limit, {64: times}, "torch").corrected(2)
     assert by_time(ANATOMY, corrected, ALLOWED, errors) == once
 
 
@@ -132,21 +132,21 @@ def test_times_proportional_to_parameters_give_the_sizes_of_a_ratio(ratio):
     errors = random_errors(1)
     whole = sum(block.parameters(block.size) for block in ANATOMY.blocks)
     times = table(lambda block, size: block.parameters(size) * 1e-3)
-    budget = TimeBudget(1.0 + (1 - ratio) * whole * 1e-3 + 1e-5, times, "torch")
+    budget = TimeBudget(1.0 + (1 - ratio) * whole * 1e-3 + 1e-5, {64: times}, "torch")
     assert by_time(ANATOMY, budget, ALLOWED, errors) == by_error(ANATOMY, ratio, ALLOWED, errors)
 
 
 def test_a_block_that_may_go_takes_no_time():
     allowed = allowed_sizes(ANATOMY, TARGET, Limits(skips=True))
     times = table(lambda block, size: 1.0)  # no size is quicker than another
-    chosen = by_time(ANATOMY, TimeBudget(4.5, times, "torch"), allowed, random_errors(2))
+    chosen = by_time(ANATOMY, TimeBudget(4.5, {64: times}, "torch"), allowed, random_errors(2))
     assert sorted(size.units > 0 for size in chosen.values()) == [False, True, True, True]
 
 
 def test_only_measured_sizes_are_chosen():
     times = table(lambda block, size: 1e-3 * block.parameters(size))
     times.blocks["mlp"][:] = [time for time in times.blocks["mlp"] if time.units in (32, 64)]
-    budget = TimeBudget(0.7 * milliseconds(times, {b.name: b.size for b in ANATOMY.blocks}), times, "torch")
+    budget = TimeBudget(0.7 * milliseconds(times, {b.name: b.size for b in ANATOMY.blocks}), {64: times}, "torch")
     measured = measured_sizes(ANATOMY, ALLOWED, budget)
     assert measured["layers.0.mlp"] == [Size(32), Size(64)]
     chosen = by_time(ANATOMY, budget, measured, random_errors(0))
@@ -167,7 +167,7 @@ def test_only_measured_sizes_are_chosen():
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(limit, changes, says):
-    budget = TimeBudget(limit, table(lambda block, size: 1.0), "torch")
+    budget = TimeBudget(limit, {64: table(lambda block, size: 1.0)}, "torch")
     options = PruneOptions(ratio=0.0, allocation="error", target=TARGET, time_budget=budget)
     with pytest.raises(InputError, match=says):
         check_options(ANATOMY, replace(options, **changes))
@@ -178,8 +178,8 @@ def test_the_plan_has_the_budget_and_is_held_to_it(tiny_model, tmp_path):
     anatomy = read_anatomy(model.config)
     allowed = allowed_sizes(anatomy, Target(), Limits())
     times = table(lambda block, size: 1e-3 * block.parameters(size), anatomy=anatomy, allowed=allowed)
-    whole = TimeBudget(1, times, "torch").predicted(anatomy).ms
-    budget = TimeBudget(0.7 * whole, times, "torch")
+    whole = TimeBudget(1, {64: times}, "torch").predicted(anatomy).ms
+    budget = TimeBudget(0.7 * whole, {64: times}, "torch")
     rows = torch.randint(0, anatomy.vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
     made = prune(model, rows, PruneOptions(ratio=0.0, allocation="error", time_budget=budget))
     assert 0.5 * whole < budget.predicted(read_anatomy(made.model.config)).ms <= 0.7 * whole
@@ -201,7 +201,7 @@ def test_blocks_of_one_size_share_the_error_of_their_time():
             "mlp": [BlockTime(ms=3, interval95=(3, 3.5), units=64, members=1)],
         },
     )
-    found = TimeBudget(1, times, "torch", correction=2.0).predicted(ANATOMY)
+    found = TimeBudget(1, {64: times}, "torch", correction=2.0).predicted(ANATOMY)
     assert found.ms == pytest.approx(2 * (1 + 2 * 2 + 2 * 3))
     assert found.interval95 == pytest.approx((2 * (11 - 2), 2 * (11 + math.hypot(4, 1))))
 
@@ -324,8 +324,8 @@ def test_a_plan_without_a_layer_is_followed_where_whole_layers_were_timed():
         for block in anatomy.blocks
     }
     times = ScenarioTimes(scenario=DECODE, around=Time(ms=1, interval95=(1, 1)), blocks=blocks, within_layers=True)
-    limit_ms = 0.6 * TimeBudget(1.0, times, "torch").predicted(anatomy).ms
-    budget = TimeBudget(limit_ms, times, "torch")
+    limit_ms = 0.6 * TimeBudget(1.0, {64: times}, "torch").predicted(anatomy).ms
+    budget = TimeBudget(limit_ms, {64: times}, "torch")
     options = PruneOptions(0.0, "magnitude", "error", "oneshot", target=TARGET, time_budget=budget, drop_layers=1)
     plan = prune(model, torch.randint(0, 200, (8, 12)), options).plan
     check_plan(anatomy, plan)

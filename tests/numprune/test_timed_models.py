@@ -73,7 +73,8 @@ def test_differences_between_models_are_the_times_of_blocks(family, changes, kin
     config = tiny_config(family, **changes)
     models, times = measured(config)
     assert [*times.blocks] == kinds
-    budget, anatomy = TimeBudget(1, times, "torch"), models.anatomy
+    anatomy = models.anatomy
+    budget = TimeBudget(1, {anatomy.hidden_size: times}, "torch")
     assert times.around.ms == pytest.approx(AROUND_MS)
     for chosen in (0, 1, -1):
         sizes = {block.name: models.sizes[block.timed_as][chosen] for block in anatomy.blocks}

@@ -16,6 +16,7 @@ from numprune.flows.steps.results import (
     RecoveredCheckpoint,
     TimedCheckpoint,
 )
+from numprune.hidden import Width
 from numprune.served import Served
 from numprune.serving.report import AttentionMaps
 from numprune.target import Target
@@ -129,11 +130,12 @@ def make_timings(
     asked: BlockTimings,
     target: Target,
     served: Served,
+    width: Width | None,
     machine: dict[str, str],
 ) -> TimingTable:
     """Measure or estimate the latencies of the model's blocks. A killed measurement goes on where it stopped.
 
-    `served`: how the model is. `machine` is part of the key.
+    `served`: how the model is. `width`: to time it at; None: its own hidden size. `machine` is part of the key.
     """
     from numprune.flows.stages import kept_beside
     from numprune.flows.steps.estimates import estimate
@@ -143,8 +145,8 @@ def make_timings(
     assert isinstance(model.source, str)
     base = Path(model.source)
     if asked.runtime == ROOFLINE:
-        return estimate(base, [parse_scenario(scenario)], target, asked.sizes, asked.peaks(), served)
-    return measure(base, timing_request(asked, scenario, target, served), kept_beside(out))
+        return estimate(base, [parse_scenario(scenario)], target, asked.sizes, asked.peaks(), served, width)
+    return measure(base, timing_request(asked, scenario, target, served, width), kept_beside(out))
 
 
 def make_pruned_within_time(
@@ -153,7 +155,7 @@ def make_pruned_within_time(
     base: Artifact,
     origin: Artifact,
     rows: Artifact,
-    times: Artifact,
+    times: list[Artifact],
     learned: Artifact | None,
     asked: Prune,
     target: Target,
@@ -165,7 +167,7 @@ def make_pruned_within_time(
 
     Args:
         base, origin, learned: as for `make_pruned`.
-        times: the stage of `make_timings`; `served`: as for it.
+        times: the stages of `make_timings`; `served`: as for them.
         machine: part of the key.
     """
     import torch
@@ -178,8 +180,8 @@ def make_pruned_within_time(
     if learned:
         plan, options = planned(learned.path / LEARNED_PLAN, asked)
     else:
-        table = read_facts(times.path, TimingTable)
-        plan, options = None, options_within_time(asked, target, base.path, table, served)
+        tables = [read_facts(table.path, TimingTable) for table in times]
+        plan, options = None, options_within_time(asked, target, base.path, tables, served)
     return prune_within_time(
         base.path,
         tokens,

@@ -16,32 +16,37 @@ from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.timings import check_request, timing_request
 from numprune.learning import check_learning
 from numprune.option_checks import check_options
-from numprune.options import PruneOptions
+from numprune.options import PruneOptions, widths_of
 from numprune.scenario import parse_time
 from numprune.search.refine import check_searchable
 from numprune.shaping import check_comparable
 from numprune.spans import check_reach
+from numprune.time_budget import TimeBudget
+from numprune.timings import ScenarioTimes
 
 
 def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
-    """The options that the model in `base` is pruned with. Raises InputError where its budget is not one of it."""
+    """The options that the model in `base` is pruned with. Raises InputError where its budget is not one of it.
+
+    A budget of time has no times yet; masks, which cannot do without, get none.
+    """
     options = options_of(recipe.prune, recipe.sizes(), base, recipe.quantize.scheme)
-    masks = recipe.learn.method
-    return options if masks == "none" else replace(options, criterion=masks)
+    masks, time = recipe.learn.method, recipe.prune.allowed.time
+    if masks != "none":
+        return replace(options, criterion=masks)
+    if time is None:
+        return options
+    limit_ms, runtime = parse_time(time)[0], recipe.timings.runtime
+    return replace(options, time_budget=TimeBudget(limit_ms, {}, runtime, served=recipe.served()))
 
 
 def check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     """Raises InputError if the request cannot be met, or masks cannot learn it."""
-    if recipe.prune.allowed.time is not None:
-        scenario = parse_time(recipe.prune.allowed.time)[1]
-        if recipe.timings.runtime == ROOFLINE:
-            peaks = recipe.timings.peaks()
-            estimate(base, [scenario], recipe.sizes(), recipe.timings.sizes, peaks, recipe.served())
-        else:
-            check_request(base, timing_request(recipe.timings, str(scenario), recipe.sizes(), recipe.served()))
-            _check_timed_is_exported(recipe, base)
     options = pruning_options(recipe, base)
+    times = _check_timings(recipe, anatomy, options, base)
     if recipe.learn.method == "none":
+        if times and options.time_budget is not None:
+            options = replace(options, time_budget=replace(options.time_budget, times=times))
         check_options(anatomy, options)
         check_reach(options.window, recipe.data.sequence_length)
         if recipe.prune.refine != "none":
@@ -63,6 +68,26 @@ def check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
             raise InputError(
                 f"{narrower}, hidden states cannot be compared with the dense model's; set recover.hidden_weight to 0"
             )
+
+
+def _check_timings(recipe: Recipe, anatomy: Anatomy, options: PruneOptions, base: Path) -> dict[int, ScenarioTimes]:
+    """Return the estimated times of every hidden size that the result may have; none if they are to be measured.
+
+    Raises InputError if the blocks cannot be timed.
+    """
+    target, asked, served, times = recipe.sizes(), recipe.timings, recipe.served(), dict[int, ScenarioTimes]()
+    if recipe.prune.allowed.time is None:
+        return times
+    scenario = parse_time(recipe.prune.allowed.time)[1]
+    for width in widths_of(anatomy, options):
+        if asked.runtime == ROOFLINE:
+            table = estimate(base, [scenario], target, asked.sizes, asked.peaks(), served, width)
+            times[table.key.shape.hidden_size] = table.times(str(scenario))
+        else:
+            check_request(base, timing_request(asked, str(scenario), target, served, width))
+    if asked.runtime != ROOFLINE:
+        _check_timed_is_exported(recipe, base)
+    return times
 
 
 def _check_timed_is_exported(recipe: Recipe, base: Path) -> None:

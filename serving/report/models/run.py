@@ -155,13 +155,14 @@ class LatencyBudget(Model):
 
     `served`: how both models differ from the stored ones, like "w8a8"; empty: they do not. `corrections`: how often a
     measurement corrected the prediction. `estimated_for`: the device that the latencies of blocks are estimated for by
-    its data sheet; the models were then not measured.
+    its data sheet; the models were then not measured. `dense_predicted` is None if the blocks were only timed at a
+    smaller hidden size.
     """
 
     scenario: str
     runtime: Runtime
     limit_ms: Finite
-    dense_predicted: Milliseconds
+    dense_predicted: Milliseconds | None
     dense_measured: Milliseconds | None
     predicted: Milliseconds
     measured: Milliseconds | None

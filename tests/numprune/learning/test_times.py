@@ -51,7 +51,7 @@ def noisy(seed):
 
 
 def masks_of(times, limit_ms=5.0):
-    budget = TimeBudget(limit_ms, times, "torch")
+    budget = TimeBudget(limit_ms, {64: times}, "torch")
     constraint, options = Constraint("milliseconds", ANATOMY, 16, budget), options_of(budget)
     masks = Masks(vib._masked(constraint, options), seed=0)
     return constraint, masks, options, TimedShare.of(budget, ANATOMY, masks, sizes_under(constraint, options))
@@ -103,7 +103,7 @@ def test_a_unit_counts_its_mean_share_of_the_time_that_can_be_saved():
     attention, mlp = ANATOMY.blocks[:2]
     assert constraint.of_unit(mlp) == pytest.approx((1.5 - 0.5625) * PER_MS / 48, rel=1e-6)
     assert constraint.of_unit(attention) == pytest.approx((1.5 - 0.75) * PER_MS, rel=1e-6)
-    slower = TimeBudget(5.0, table(lambda _, size: 2.0 - 0.01 * size.units), "torch")
+    slower = TimeBudget(5.0, {64: table(lambda _, size: 2.0 - 0.01 * size.units)}, "torch")
     assert Constraint("milliseconds", ANATOMY, 16, slower).of_unit(mlp) == 0
 
 
@@ -116,7 +116,9 @@ def test_masks_are_rounded_to_the_cheapest_measured_sizes_within_the_budget(seed
     names = [block.name for block in ANATOMY.blocks]
     every = [dict(zip(names, sizes, strict=True)) for sizes in itertools.product(*(allowed[name] for name in names))]
     least, whole = min(milliseconds(times, sizes) for sizes in every), milliseconds(times, WHOLE)
-    constraint = dataclasses.replace(constraint, budget=TimeBudget(least + part * (whole - least), times, "torch"))
+    constraint = dataclasses.replace(
+        constraint, budget=TimeBudget(least + part * (whole - least), {64: times}, "torch")
+    )
     with torch.no_grad():
         masks.log_variance.add_(3 * torch.randn(len(masks.weights), generator=torch.Generator().manual_seed(seed)))
     found = rounded(constraint, masks, dataclasses.replace(options, ratio=constraint.ratio(0.0)))
@@ -138,7 +140,7 @@ def test_a_budget_of_time_is_met():
     anatomy = read_anatomy(model.config)
     allowed = allowed_sizes(anatomy, TARGET, Limits())
     times = table(share, 1.0, anatomy, allowed)
-    budget = TimeBudget(4.6, times, "torch")
+    budget = TimeBudget(4.6, {64: times}, "torch")
     options = options_of(budget)
     found = learn(model, ROWS, SELECTION, options, "faster", TOKENS // 4, counted="milliseconds")
     assert found.record.constraint == "milliseconds"
@@ -159,18 +161,18 @@ def test_a_budget_of_time_is_met():
         ({"axes": (*AXES, "hidden-size")}, "milliseconds", "axes: a budget is met by units alone; leave out hidden-si"),
         ({"axes": (*AXES, "query-heads")}, "milliseconds", "axes: the timings have no attention with fewer query-head"),
         (
-            {"time_budget": TimeBudget(9.0, noisy(0), "torch")},
+            {"time_budget": TimeBudget(9.0, {64: noisy(0)}, "torch")},
             "milliseconds",
             "the model takes .* ms as it is: nothing has to go",
         ),
         (
-            {"time_budget": TimeBudget(1.1, noisy(0), "torch")},
+            {"time_budget": TimeBudget(1.1, {64: noisy(0)}, "torch")},
             "milliseconds",
             "the budget is 1.1 ms@.*, but embeddings, head and the quickest measured size",
         ),
     ],
 )
 def test_budgets_that_masks_cannot_meet_are_refused(more, counted, said):
-    options = options_of(TimeBudget(5.4, noisy(0), "torch"), **more)
+    options = options_of(TimeBudget(5.4, {64: noisy(0)}, "torch"), **more)
     with pytest.raises(InputError, match=said):
         check_learning(ANATOMY, options, counted, LENGTH)

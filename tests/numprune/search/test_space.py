@@ -193,8 +193,8 @@ def test_a_budget_of_time_holds_for_every_candidate_whatever_the_times(seed):
             for size, value in ms.items()
         ]
     times = ScenarioTimes(scenario="decode,b=8,ctx=2048", around=Time(ms=1.0, interval95=(1.0, 1.0)), blocks=blocks)
-    dense = TimeBudget(1, times, "torch").predicted(anatomy).ms
-    budget = TimeBudget(0.7 * dense, times, "torch")
+    dense = TimeBudget(1, {64: times}, "torch").predicted(anatomy).ms
+    budget = TimeBudget(0.7 * dense, {64: times}, "torch")
     space, start = space_of(anatomy, PruneOptions(0.0, allocation="error", target=TARGET, time_budget=budget))
     for plan in wander(space, start, steps=30):
         assert budget.predicted(anatomy.keeping(plan)).ms <= budget.limit_ms
