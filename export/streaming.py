@@ -118,7 +118,7 @@ class CheckpointLayers:
     def _layer(self, index: int) -> nn.Module:
         return self._skeleton.get_submodule(self.anatomy.layer_paths[index])
 
-    def allocate(self, *shape: int) -> Tensor:
+    def allocate(self, *shape: int, near: int | None = None) -> Tensor:
         return _mapped(self._scratch, torch.Size(shape), self.dtype)
 
     def write(self, tensors: Mapping[str, Tensor], writer: ShardWriter) -> None:

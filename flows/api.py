@@ -48,6 +48,7 @@ from numprune.flows.steps import text as texts
 from numprune.layers import ModelLayers
 from numprune.option_checks import check_options
 from numprune.options import PruneOptions, options_of
+from numprune.placement import place
 from numprune.plans import Plan, read_plan
 from numprune.quantization import BlockSchemes, Scheme, check_quantizable, schemes_by_tensor
 from numprune.quantization.allocation import planned_schemes
@@ -99,14 +100,15 @@ def load(model: str | Path, device: str = "auto") -> Model:
 
     Args:
         model: a Hugging Face folder, or a hub id if a hub can be reached. No code from it is run.
-        device: "cpu", "cuda", or "auto" (CUDA if there is a GPU).
+        device: "cpu", "cuda", or "auto" (CUDA if there is a GPU). If a GPU has no room for the model and a pruned one,
+            the layers are spread over all GPUs, for which the extra `learn` is needed.
 
     Raises:
-        InputError: no such model, an unsupported architecture, or a malformed file.
+        InputError: no such model, an unsupported architecture, a malformed file, or too little memory.
         IntegrityError: stored tensors contradict config.json.
     """
     folder = checkpoint.resolve(model)
-    network = checkpoint.load_model(folder).to(steps.device_of(device))
+    network = place(checkpoint.load_model(folder), steps.device_of(device), models=2)  # and a pruned one
     return Model(folder, network, checkpoint.text_tokenizer(folder), load_task(folder))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from numprune.blocks import Block
 from numprune.calibration import Walker, check_rows
 from numprune.hidden import Basis, Narrowing, norm_of
-from numprune.layers import Arguments, Layers
+from numprune.layers import Arguments, Layers, device_of
 from numprune.linalg import cholesky, damped
 from numprune.moments import require_in_range
 from numprune.progress import Progress
@@ -66,8 +66,9 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, first: int = F
     check_rows(anatomy, rows)
     draw = torch.Generator().manual_seed(seed)
     norms = [_norms([block for block in anatomy.of_layer(index) if block.units]) for index in range(anatomy.layers)]
-    size, points = anatomy.hidden_size, sum(map(len, norms)) + 1
-    states, gradients = ([layers.allocate(size, size).zero_() for _ in range(points)] for _ in range(2))
+    size, where = anatomy.hidden_size, [*(index for index, own in enumerate(norms) for _ in own), None]  # None: behind
+    points = len(where)
+    states, gradients = ([layers.allocate(size, size, near=layer).zero_() for layer in where] for _ in range(2))
     walker = Walker(layers, rows.shape[1:], batch_size)
 
     def add(point: int, hidden: Tensor, gradient: Tensor) -> None:
@@ -124,7 +125,7 @@ def _backward(
     ]
     try:
         with torch.enable_grad():
-            before = hidden.to(layers.device).requires_grad_()
+            before = hidden.to(device_of(layer, layers.device)).requires_grad_()
             after = call.call(layer, before)
     finally:
         for hook in hooks:
@@ -148,10 +149,8 @@ def principal_axes(moment: Tensor) -> Tensor:
 
 def cheapest_coordinates(moments: StreamMoments, size: int) -> Tensor:
     """Return the (size,) coordinates to keep, ascending: the others are removed one by one where that costs least."""
-    pairs = sum(
-        state.double() * gradient.double() for state, gradient in zip(moments.states, moments.gradients, strict=True)
-    )
-    assert isinstance(pairs, Tensor)
+    both = zip(moments.states, moments.gradients, strict=True)
+    pairs = _total([state.double() * gradient.double() for state, gradient in both])
     price, kept = pairs.diagonal().clone(), torch.ones(len(pairs), dtype=torch.bool, device=pairs.device)
     for _ in range(len(pairs) - size):
         gone = int(price.argmin())
@@ -164,5 +163,5 @@ def cheapest_coordinates(moments: StreamMoments, size: int) -> Tensor:
 def _total(parts: list[Tensor]) -> Tensor:
     total = parts[0].double()
     for part in parts[1:]:
-        total = total + part.double()
+        total = total + part.to(total.device).double()
     return total

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.experts.inputs import Routed
-from numprune.layers import Arguments, Layers, replaced
+from numprune.layers import Arguments, Layers, device_of, replaced
 from numprune.stand_ins import playing, stand_ins
 from numprune.windows import windows_of
 
@@ -253,7 +253,7 @@ class Walker:
     def run_batch(self, layer: nn.Module, block: Block, hidden: Tensor) -> BlockRun:
         """Run the block on `hidden` (n, S, H), with gradients if they are enabled."""
         arguments = self.arguments(len(hidden))[block.layer]
-        return run_block(layer, self.layers.anatomy, block, arguments, hidden.to(self.layers.device))
+        return run_block(layer, self.layers.anatomy, block, arguments, self._moved(layer, hidden))
 
     @torch.no_grad()
     def inputs(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, Tensor]]:
@@ -265,13 +265,13 @@ class Walker:
     def inputs_batch(self, layer: nn.Module, block: Block, hidden: Tensor) -> Tensor:
         """Return the consumer's inputs (n, S, D) on `hidden` (n, S, H), with gradients if they are enabled."""
         arguments = self.arguments(len(hidden))[block.layer]
-        return consumer_inputs(layer, self.layers.anatomy, block, arguments, hidden.to(self.layers.device))
+        return consumer_inputs(layer, self.layers.anatomy, block, arguments, self._moved(layer, hidden))
 
     @torch.no_grad()
     def give(self, layer: nn.Module, block: Block, stream: Stream, batch: slice, output: Tensor) -> None:
         """Add the consumer's `output` (n, S, out) to the stream without running the block."""
         arguments = self.arguments(batch.stop - batch.start)[block.layer]
-        hidden = stream.read(batch).to(self.layers.device)
+        hidden = self._moved(layer, stream.read(batch))
         stream.write(batch, after_block(layer, self.layers.anatomy, block, arguments, hidden, output))
 
     def arguments(self, rows: int) -> tuple[Arguments, ...]:
@@ -294,7 +294,10 @@ class Walker:
         """Run a whole layer on `hidden` (N, S, H); write its output into `leaving`, which may be `hidden`."""
         for batch in self.batches(len(hidden)):
             arguments = self.arguments(batch.stop - batch.start)[index]
-            leaving[batch] = arguments.call(layer, hidden[batch].to(self.layers.device)).to(leaving.device)
+            leaving[batch] = arguments.call(layer, self._moved(layer, hidden[batch])).to(leaving.device)
+
+    def _moved(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden.to(device_of(layer, self.layers.device))
 
     def batches(self, rows: int) -> Iterator[slice]:
         """Yield the batches of `rows` rows as slices."""

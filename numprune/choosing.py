@@ -107,7 +107,7 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
         if isinstance(read, Seen):
             return choose_experts(layer, block, size, read, _scoring(block, options, gradients))
         if size == block.size:
-            return whole(block, layers.device)
+            return whole(block, _device(layer, block))
         weight = consumer_weight(layer, block).double()
         view = replace(_view(layer, block, weight, read, options, gradients), removed=block.units - size.units)
         return _choose(block, view, size, options.criterion, CRITERIA[options.criterion](view))
@@ -116,12 +116,12 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
     return Chosen(by_score, lambda block: sizes[block.name], splits, schemes, refinement, price)
 
 
-def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chosen:
+def planned(plan: Plan, names: Mapping[str, str]) -> Chosen:
     """Return a choice that follows `plan`; `names`: block name -> its name in the plan."""
     schemes = {name: scheme for name, other in names.items() if (scheme := plan.blocks[other].scheme) is not None}
 
-    def as_planned(_layer: nn.Module, block: Block, _read: Moments | Seen) -> Kept:
-        return plan.blocks[names[block.name]].to_kept().to(device)
+    def as_planned(layer: nn.Module, block: Block, _read: Moments | Seen) -> Kept:
+        return plan.blocks[names[block.name]].to_kept().to(_device(layer, block))
 
     def size(block: Block) -> Size:
         return plan.blocks[names[block.name]].to_kept().size
@@ -129,14 +129,18 @@ def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chose
     return Chosen(as_planned, size, plan.splits, schemes, plan.refinement, plan.price)
 
 
-def whole(block: Block, device: torch.device) -> Kept:
+def whole(block: Block, device: torch.device | None = None) -> Kept:
     """Return what is kept of a block that loses nothing."""
     return Kept.whole(torch.arange(block.units, device=device), block.members)
 
 
-def everything(device: torch.device) -> Chosen:
+def everything() -> Chosen:
     """Return the choice that removes nothing."""
-    return Chosen(lambda _layer, block, _read: whole(block, device), lambda block: block.size)
+    return Chosen(lambda _layer, block, _read: whole(block), lambda block: block.size)
+
+
+def _device(layer: nn.Module, block: Block) -> torch.device:
+    return layer.get_parameter(block.reader.tensor).device
 
 
 def nothing(block: Block) -> Kept:

@@ -57,8 +57,8 @@ class Shallower:
     def head(self) -> AbstractContextManager[Head]:
         return self._layers.head()
 
-    def allocate(self, *shape: int) -> Tensor:
-        return self._layers.allocate(*shape)
+    def allocate(self, *shape: int, near: int | None = None) -> Tensor:
+        return self._layers.allocate(*shape, near=None if near is None else self._left[near])
 
 
 class Sparser:
@@ -84,8 +84,8 @@ class Sparser:
     def head(self) -> AbstractContextManager[Head]:
         return self._layers.head()
 
-    def allocate(self, *shape: int) -> Tensor:
-        return self._layers.allocate(*shape)
+    def allocate(self, *shape: int, near: int | None = None) -> Tensor:
+        return self._layers.allocate(*shape, near=near)
 
 
 def without_blocks(anatomy: Anatomy, dropped: Collection[str]) -> Anatomy:

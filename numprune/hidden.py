@@ -168,4 +168,4 @@ def norm_of(blocks: Sequence[Block], block: Block) -> str:
 def silence(layer: "nn.Module", block: Block, gone: "Tensor") -> None:
     """Make the block write zero to the coordinates `gone`, in place; call it without gradients."""
     for parameter, dim in outputs_of(layer, block):
-        parameter.index_fill_(dim, gone, 0)
+        parameter.index_fill_(dim, gone.to(parameter.device), 0)

@@ -106,12 +106,13 @@ class PropagatedInputs:
         blocks = [other for other in self._walker.layers.anatomy.of_layer(block.layer) if other.units]
         norm = layer.get_submodule(norm_of(blocks, block))
         self._unfitted = copy_readers(layer, block)
-        refit_readers(layer, block, kept, self._read_map(norm, block, kept, damping, centred=has_biases(layer, block)))
+        device, centred = consumer_weight(layer, block).device, has_biases(layer, block)
+        refit_readers(layer, block, kept, self._read_map(norm, block, device, kept, damping, centred=centred))
 
     def reduce_scores(self, layer: nn.Module, block: Block, kept: int, damping: float) -> None:
         walker, dense, pruned = self._walker, self._dense, self._pruned
         self._unfitted = scores.unreduced(layer, block)
-        found = ScoreMoments.empty(*block.size, walker.layers.device)
+        found = ScoreMoments.empty(*block.size, consumer_weight(layer, block).device)
         with torch.no_grad():
             for stream in (dense, pruned):
                 stream.enter(block)
@@ -135,20 +136,24 @@ class PropagatedInputs:
         def norm(hidden: Tensor) -> Tensor:
             return functional.rms_norm(hidden, hidden.shape[-1:], eps=epsilon)
 
-        return self._read_map(norm, None, kept, damping).columns
+        return self._read_map(norm, None, self._walker.layers.device, kept, damping).columns
 
     def _read_map(
         self,
         norm: Callable[[Tensor], Tensor],
         block: Block | None,
+        device: torch.device,
         kept: Tensor,
         damping: float,
         *,
         centred: bool = False,
     ) -> ReadMap:
-        """Fit what is read of the pruned stream to what is read of the dense one, in front of `block` or behind all."""
+        """Fit what is read of the pruned stream to what is read of the dense one, in front of `block` or behind all.
+
+        `device`: of the norm.
+        """
         walker, dense, pruned = self._walker, self._dense, self._pruned
-        device, size = walker.layers.device, dense.hidden.shape[-1]
+        size = dense.hidden.shape[-1]
         moments, held_out = (Moments(len(kept), size, device) for _ in range(2))
         for stream in (dense, pruned):
             if block is not None:

@@ -72,7 +72,7 @@ class Layers(Protocol):
     Attributes:
         task: of the model.
         processes: that share the rows, each with all layers.
-        device: of the modules, and required of their inputs.
+        device: of the rows, and of hidden states between the layers. A model in memory may have layers on others.
         dtype: of all computations.
         resident: all layers are in memory, so returning to one costs nothing.
     """
@@ -103,10 +103,13 @@ class Layers(Protocol):
     def head(self) -> AbstractContextManager[Head]:
         """Yield the function that turns the last layer's output into the model's."""
 
-    def allocate(self, *shape: int) -> Tensor:
+    def allocate(self, *shape: int, near: int | None = None) -> Tensor:
         """Return an uninitialized buffer for the hidden states of all rows, in `dtype`, on `device` or in a file.
 
-        The caller moves each batch it reads to `device`.
+        The caller moves each batch it reads to the device of the layer that reads it, or for the head to `device`.
+
+        Args:
+            near: the layer that a buffer for something else belongs to: on its device.
         """
 
 
@@ -144,8 +147,9 @@ class ModelLayers:
     def head(self) -> Iterator[Head]:
         yield lambda tokens, hidden: leave(self.task, self._model, self.anatomy, tokens.to(self.device), hidden)
 
-    def allocate(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self.dtype, device=self.device)
+    def allocate(self, *shape: int, near: int | None = None) -> Tensor:
+        device = self.device if near is None else device_of(self._layers[near], self.device)
+        return torch.empty(*shape, dtype=self.dtype, device=device)
 
 
 class CopiedLayers(ModelLayers):
@@ -154,6 +158,11 @@ class CopiedLayers(ModelLayers):
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         yield unscale(copy.deepcopy(self._layers[index]), self.anatomy.of_layer(index))
+
+
+def device_of(layer: nn.Module, otherwise: torch.device) -> torch.device:
+    """Return the device of a layer; `otherwise`: if nothing is left in it."""
+    return next((parameter.device for parameter in layer.parameters()), otherwise)
 
 
 @torch.no_grad()
@@ -193,7 +202,7 @@ def enter(model: PreTrainedModel, anatomy: Anatomy, tokens: Tensor, mask: Tensor
         for path in anatomy.mergings.values():
             stack.callback(model.get_submodule(path).register_forward_pre_hook(record_merging).remove)
         model.base_model(**named_inputs(model, tokens, mask))
-    return Entered(entering[0], tuple(arguments))
+    return Entered(entering[0].to(tokens.device), tuple(arguments))
 
 
 def named_inputs(model: PreTrainedModel, rows: Tensor, mask: Tensor | None = None) -> dict[str, Any]:

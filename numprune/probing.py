@@ -45,7 +45,7 @@ def attention_masses(layers: Layers, rows: Tensor, special: Collection[int]) -> 
     marked = _special(layers.anatomy, rows, special)
     for name, row, weights in _all_weights(layers, rows):
         own = marked[row, : weights.shape[-1]]  # later stages have fewer tokens, none of them special
-        share = masses(weights, own.to(layers.device)).cpu() / len(rows)
+        share = masses(weights, own.to(weights.device)).cpu() / len(rows)
         found[name] = found[name] + share if name in found else share
     return found
 

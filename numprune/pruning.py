@@ -180,16 +180,16 @@ def prune_layers(
     rest = _rest(layers, rows, options, known, dropped, narrowing, planned=plan is not None)
     anatomy, options = rest.layers.anatomy, rest.options
     if rest.removes_nothing(plan):
-        kept = {block.name: whole(block, layers.device) for block in anatomy.blocks}
+        kept = {block.name: whole(block) for block in anatomy.blocks}
         for index in progress(range(anatomy.layers), "copy", "layer"):
             with rest.layers.layer(index) as layer:
                 sink(cut_layer(layer, anatomy.of_layer(index), kept, {}))
-        return rest.describe(rows, kept, {}, everything(layers.device))
+        return rest.describe(rows, kept, {}, everything())
     if options.compensation in REFITTING:
         warn_of_few(rows, anatomy)
     walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
-    chosen = chooser(walker, rows, options, rest.known) if plan is None else planned(plan, rest.names(), layers.device)
-    coordinates = narrowing.kept.to(layers.device) if narrowing else None
+    chosen = chooser(walker, rows, options, rest.known) if plan is None else planned(plan, rest.names())
+    coordinates = narrowing.kept if narrowing else None
     gone = None if coordinates is None else removed(coordinates, anatomy.hidden_size)
     inputs: Inputs = (
         PropagatedInputs(walker, rows, options.compensation, gone)
@@ -265,8 +265,8 @@ def plan_layers(
     """
     rest = _rest(layers, rows, options, known, dropped, narrowing)
     if rest.removes_nothing():
-        kept = {block.name: whole(block, layers.device) for block in rest.layers.anatomy.blocks}
-        return rest.describe(rows, kept, {}, everything(layers.device))
+        kept = {block.name: whole(block) for block in rest.layers.anatomy.blocks}
+        return rest.describe(rows, kept, {}, everything())
     walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
     chosen = chooser(walker, rows, rest.options, rest.known)
     inputs = dense_inputs(walker, rows, rest.known)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from numprune.blocks import Block
 from numprune.hidden import inputs_of, norm_of, outputs_of
-from numprune.layers import Entered, Head, Layers
+from numprune.layers import Entered, Head, Layers, device_of
 
 
 class RotatedLayers:
@@ -45,7 +45,7 @@ class RotatedLayers:
         if turned is None:
             with self._layers.layer(index) as layer:
                 turned = copy.deepcopy(layer)
-            rotate(turned, self.anatomy.of_layer(index), self._rotation)
+            rotate(turned, self.anatomy.of_layer(index), self._rotation.to(device_of(turned, self.device)))
         if self.resident:
             self._kept[index] = turned
             turned = copy.deepcopy(turned)
@@ -56,8 +56,8 @@ class RotatedLayers:
         with self._layers.head() as head:
             yield lambda tokens, hidden: head(tokens, self._turned(hidden, self._rotation.T))
 
-    def allocate(self, *shape: int) -> Tensor:
-        return self._layers.allocate(*shape)
+    def allocate(self, *shape: int, near: int | None = None) -> Tensor:
+        return self._layers.allocate(*shape, near=near)
 
     @staticmethod
     def _turned(hidden: Tensor, rotation: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def errors_of_dims(
         By number of dimensions, float64.
     """
     batches, processes = [*walker.batches(len(hidden))], walker.layers.processes
-    found = ScoreMoments.empty(*block.size, walker.layers.device)
+    found = ScoreMoments.empty(*block.size, consumer_weight(layer, block).device)
     for batch in batches:
         own = of_run(walker, layer, block, hidden[batch])
         found.add(own, own)

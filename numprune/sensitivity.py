@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from numprune.blocks import Block
 from numprune.calibration import Walker, consumer_of
-from numprune.layers import Arguments, Layers
+from numprune.layers import Arguments, Layers, device_of
 from numprune.members import by_member
 from numprune.moments import require_in_range
 from numprune.progress import Progress
@@ -59,7 +59,10 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     anatomy = layers.anatomy
     losses = layers.task.losses_in(rows)
     draw = torch.Generator().manual_seed(0)
-    output = {block.name: layers.allocate(block.hidden_size, block.hidden_size).zero_() for block in anatomy.blocks}
+    output = {
+        block.name: layers.allocate(block.hidden_size, block.hidden_size, near=block.layer).zero_()
+        for block in anatomy.blocks
+    }
     gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
     walker = Walker(layers, rows.shape[1:], batch_size)
     scores: dict[str, Tensor] = {}
@@ -152,7 +155,7 @@ def _backward(
     ]
     try:
         with torch.enable_grad():
-            before = hidden[batch].to(layers.device).requires_grad_()
+            before = hidden[batch].to(device_of(layer, layers.device)).requires_grad_()
             after = call.call(layer, call.merged(before))
     finally:
         for hook in hooks:

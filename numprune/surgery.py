@@ -13,6 +13,7 @@ from numprune.errors import InputError, reason
 from numprune.families import FAMILIES
 from numprune.hidden import Narrowing, narrow_block
 from numprune.modeling import AUTO_OF, resize  # importing it registers the per-layer classes
+from numprune.placement import connect, is_spread
 from numprune.slices import Kept
 
 NOT_BUILT = "config.json: transformers cannot build a model from it"
@@ -130,7 +131,10 @@ def assemble(
         around = {name: narrowing.around(name, tensor, gain, anatomy) for name, tensor in around.items()}
     result.load_state_dict(around | dict(layers), strict=True, assign=True)
     result.tie_weights()
-    result.to(model.device)
+    if is_spread(result):
+        connect(result)
+    else:
+        result.to(model.device)
     if model.can_generate():
         result.generation_config = model.generation_config
     return result

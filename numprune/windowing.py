@@ -114,8 +114,8 @@ class Windowed:
     def head(self) -> AbstractContextManager[Head]:
         return self.dense.head()
 
-    def allocate(self, *shape: int) -> Tensor:
-        return self.dense.allocate(*shape)
+    def allocate(self, *shape: int, near: int | None = None) -> Tensor:
+        return self.dense.allocate(*shape, near=near)
 
 
 def _seeing(given: Arguments, mask: Any) -> Arguments:

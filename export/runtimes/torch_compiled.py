@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from numprune.errors import MissingRuntime
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
 from numprune.export.runtimes.torch_eager import TorchRuntime
+from numprune.placement import is_spread
 
 _STEPS = 4  # compared with eager decoding: one to compile, one to record a CUDA graph, one to replay it
 _PROMPT = 8  # prompt tokens before them
@@ -39,6 +40,8 @@ class CompiledRuntime:
     name = "torch"
 
     def __init__(self, eager: TorchRuntime, rows: int, positions: int) -> None:
+        if is_spread(eager.model):
+            raise MissingRuntime("the model is spread over several GPUs, and a CUDA graph runs on one")
         self.eager = eager
         self.vocabulary = eager.vocabulary
         self._rows, self._positions = rows, positions

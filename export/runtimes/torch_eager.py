@@ -13,6 +13,7 @@ from numprune.errors import MissingRuntime
 from numprune.export import checkpoint
 from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
+from numprune.placement import place
 
 
 def device_for(device: str, threads: int | None) -> torch.device:
@@ -45,7 +46,7 @@ class TorchRuntime:
     ) -> None:
         self.device = device_for(device, threads)
         self._dtype = dtype
-        self.model = checkpoint.load(folder, DTYPES[dtype], rounds_inputs=rounds_inputs)[0].to(self.device)
+        self.model = place(checkpoint.load(folder, DTYPES[dtype], rounds_inputs=rounds_inputs)[0], self.device)
         self.vocabulary: int = self.model.config.vocab_size
         self.context: int = self.model.config.max_position_embeddings
         self._mask: Tensor | None = None
@@ -67,7 +68,7 @@ class TorchRuntime:
             "runtime": self.name,
             "dtype": self._dtype,
             "mode": "eager",
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "device": self._devices(),
             "threads": torch.get_num_threads(),
             "attention": self.model.config._attn_implementation,
             "weight_bytes": sum(parameter.nbytes for parameter in parameters),
@@ -77,6 +78,12 @@ class TorchRuntime:
             ),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
+
+    def _devices(self) -> str:
+        if self.device.type != "cuda":
+            return "cpu"
+        count = len({parameter.device for parameter in self.model.parameters()})
+        return f"{f'{count} x ' if count > 1 else ''}{torch.cuda.get_device_name()}"
 
     @torch.inference_mode()
     def _run(self, tokens: Tensor, *, logits_to_keep: int) -> Tensor:

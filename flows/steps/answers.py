@@ -24,6 +24,7 @@ from numprune.flows.names import TaskRuntime
 from numprune.flows.steps.harness import SEED, Tasks, metrics_of, show_bars_on_terminals
 from numprune.flows.steps.results import AnsweredTask, TaskAnswers
 from numprune.paired import paired_accuracy
+from numprune.placement import place
 from numprune.recovery.state import replace_file
 from numprune.serving import loopback
 from numprune.serving.vllm import api_key, environment
@@ -200,7 +201,7 @@ def _in_torch(folder: Path, device: torch.device) -> Any:
 
     model, tokenizer = load(folder)
     return HFLM(
-        pretrained=model.to(device).eval(),
+        pretrained=place(model, device).eval(),
         tokenizer=tokenizer,
         backend="causal",
         batch_size=_BATCH,

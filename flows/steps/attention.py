@@ -13,6 +13,7 @@ from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.flows.steps.results import AttentionProbe
 from numprune.layers import Layers, ModelLayers
+from numprune.placement import place
 from numprune.plans import Plan
 from numprune.probing import attention_masses, correlations, kept_heads
 from numprune.serving.report import AttentionMaps
@@ -40,7 +41,7 @@ def layers_of(folder: Path, device: torch.device, *, stream: bool, scratch: Path
     """Return the layers of a checkpoint; `stream`: one in memory at a time, with hidden states in `scratch`."""
     if stream:
         return CheckpointLayers(folder, scratch=scratch, device=device)
-    return ModelLayers(load_model(folder).to(device), load_task(folder))
+    return ModelLayers(place(load_model(folder), device), load_task(folder))
 
 
 def attention_section(found: AttentionProbe, plan: Plan, maps: AttentionMaps | None = None) -> dict[str, Any]:

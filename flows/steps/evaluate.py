@@ -20,6 +20,7 @@ from numprune.flows.names import CAUSAL_LM
 from numprune.flows.steps.baseline import keep_states, score, scored, side
 from numprune.flows.steps.changed import changed_images
 from numprune.generation import MAXIMUM_TOKENS, generate
+from numprune.placement import place
 from numprune.quality import compare_predictions, compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
 from numprune.tasks import CAUSAL, Comparison, Predictions, Quality, Task, TaskName
@@ -55,17 +56,17 @@ def compare_with_scores(
     Raises InputError, IntegrityError.
     """
     task = load_task(baseline)
-    known = _scored(scores, rows, load_model(baseline).to(device), task)
+    known = _scored(scores, rows, place(load_model(baseline), device), task)
     if unquantized is None and pruned is None:
         return _compare(candidate, known, generations, rows, prompts, device, task)
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
         earlier = {
-            folder: _run_once(Path(scratch, str(number)), load_model(folder).to(device), rows, task)
+            folder: _run_once(Path(scratch, str(number)), place(load_model(folder), device), rows, task)
             for number, folder in enumerate(dict.fromkeys((pruned, unquantized, trained)))
             if folder is not None and folder != candidate
         }
-        model = load_model(candidate)
-        ours = _run_once(Path(scratch, "candidate"), model.to(device), rows, task)
+        model = place(load_model(candidate), device)
+        ours = _run_once(Path(scratch, "candidate"), model, rows, task)
 
         to_base = compare_predictions(ours, known, rows, task)
         found = section(to_base, rows, task)
@@ -99,8 +100,8 @@ def compare_checkpoints(
         if (other := read_anatomy(read_config(candidate)).vocabulary) != vocabulary:
             raise InputError(f"vocabularies differ: {candidate} has {other} tokens, {baseline} has {vocabulary}")
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
-        dense = load_model(baseline)
-        found = score(Path(scratch), dense.to(device), text_tokenizer(baseline), rows, prompts, task)
+        dense = place(load_model(baseline), device)
+        found = score(Path(scratch), dense, text_tokenizer(baseline), rows, prompts, task)
         known = _scored(Path(scratch), rows, dense, task)
         del dense  # but its head
         return [_compare(candidate, known, found.generations, rows, prompts, device, task) for candidate in candidates]
@@ -113,7 +114,7 @@ def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> d
         what, these = ("images", "these images") if task.name == "image-classification" else ("text", "this text")
         remedy = f"give labelled {what} or --baseline" if task.name in _CLASSES else "give --baseline"
         raise InputError(f"{model}: the model has no loss of its own on {these} ({task.name}); {remedy}")
-    found = evaluate(load_model(model).to(device), rows, task)
+    found = evaluate(place(load_model(model), device), rows, task)
     assert found is not None
     facts = {"documents": rows.documents, "packed": rows.packed}
     if task.name == "causal-lm":
@@ -152,7 +153,7 @@ def _compare(
     device: torch.device,
     task: Task,
 ) -> dict[str, Any]:
-    pruned = load_model(candidate).to(device)
+    pruned = place(load_model(candidate), device)
     found = section(compare_with(pruned, baseline, rows, task), rows, task)
     if prompts and task.prompted:
         found["generation"] = generation(pruned, load_tokenizer(candidate), prompts, generations)

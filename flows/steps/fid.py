@@ -23,6 +23,7 @@ from numprune.images import rgb
 from numprune.inception_score import compare_scores
 from numprune.kernel_distance import compare_kernels
 from numprune.pictures import Picture, read_pictures
+from numprune.placement import place
 from numprune.progress import progress
 from numprune.sampling import sample
 from numprune.serving.report import Quality
@@ -71,7 +72,7 @@ def sampled_features(
     device: torch.device,
 ) -> ImageFeatures:
     """Draw images, as many of each class, and write their features. Raises InputError, IntegrityError."""
-    loaded = load_model(model).to(device)
+    loaded = place(load_model(model), device)
     codes = code_vocabulary(loaded.config)
     assert codes is not None
     labels = [*islice(cycle(range(codes.classes) if codes.classes else [None]), samples)]

@@ -18,6 +18,7 @@ from numprune.flows.steps.recover import shared_by
 from numprune.flows.steps.results import GeneratedText
 from numprune.flows.steps.training import kept_until_done
 from numprune.generation import encode, end_tokens
+from numprune.placement import place
 from numprune.recovery import RecoveryOptions
 from numprune.recovery.generated import GeneratedRows, KeptAnswers, Prompts, generate_rows
 
@@ -81,10 +82,11 @@ def generated_text(
     )
     asked = [manifest.folder_digest(dense), prompts.tokens, length, seed, device.type, code_version("export")]
     processes = shared_by(device)
+    where = device if processes.num_processes == 1 else processes.device
     with kept_until_done(scratch, asked, "text generation", writes=processes.is_main_process) as (folder, identity):
         with processes.main_process_first():
             kept = KeptAnswers(folder, identity)
-            made = generate_rows(model.to(processes.device), prompts, windows, length, seed, kept)
+            made = generate_rows(place(model, where), prompts, windows, length, seed, kept)
         del model
         yield made
         processes.wait_for_everyone()

@@ -15,6 +15,7 @@ from numprune.corpus import TokenRows
 from numprune.export.checkpoint import load_model
 from numprune.export.decoders import load_decoder
 from numprune.image_quality import code_divergence, guided_divergence
+from numprune.placement import place
 from numprune.sampling import sample
 from numprune.serving.report import MAXIMUM_SAMPLES
 
@@ -44,7 +45,7 @@ def compare_images(
 
     Raises InputError, IntegrityError.
     """
-    model, dense = (load_model(folder).to(device) for folder in (candidate, baseline))
+    model, dense = (place(load_model(folder), device, models=2) for folder in (candidate, baseline))
     codes = code_vocabulary(dense.config)
     assert codes is not None
     labels = [*islice(cycle(range(codes.classes) if codes.classes else [None]), samples)]

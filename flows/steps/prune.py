@@ -43,6 +43,7 @@ from numprune.layers import Layers, ModelLayers
 from numprune.option_checks import check_options
 from numprune.options import PruneOptions
 from numprune.options import options_of as options_of_plan
+from numprune.placement import place
 from numprune.planned import check_plan
 from numprune.plans import PLAN_FILE, Draw, DroppedLayer, HiddenPlan, Plan, read_plan
 from numprune.processes import ALONE, Processes, check_shareable
@@ -217,7 +218,7 @@ def with_one_shape(
     if not options.shapes:
         return options, None
     check_comparable(len(rows), resident=not stream)
-    return choose_shape(load_model(base).to(device), rows, options, load_task(base))
+    return choose_shape(place(load_model(base), device, models=2), rows, options, load_task(base))
 
 
 def check_applies(plan: Plan, anatomy: Anatomy, base: Path, digest: str) -> None:
@@ -307,7 +308,7 @@ def _prune_in_memory(
     processes: Processes,
 ) -> Plan:
     """Prune, and write the result to `folder`, if this process has one."""
-    model = load_model(base).to(device)
+    model = place(load_model(base), device, models=2)  # and the pruned one
     pruned = pruning.prune(model, rows, options, task=load_task(base), plan=plan, processes=processes)
     if folder is not None:
         save(pruned.model, base, folder, dropped=pruned.plan.dropped_layers())
@@ -378,7 +379,7 @@ def plan_checkpoint(
         layers = CheckpointLayers(base, scratch=scratch, device=device, processes=processes)
         check_vocabulary(base, text_tokenizer(base), layers.config)
     else:
-        layers = ModelLayers(load_model(base).to(device), load_task(base), processes)
+        layers = ModelLayers(place(load_model(base), device), load_task(base), processes)
     layers = windowed(layers, rows, options)
     dropped = pruning.what_to_drop(layers, rows, options)
     narrowing = pruning.narrowing_of(layers, rows, options)

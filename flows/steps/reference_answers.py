@@ -17,6 +17,7 @@ from numprune.export.checkpoint import load
 from numprune.export.compressed_tensors import quantization_in
 from numprune.export.prompts import TEXTS
 from numprune.export.tasks import load_task
+from numprune.placement import place
 from numprune.serving.reference_answers import (
     MINIMUM_STEPS,
     CompletionAnswers,
@@ -69,14 +70,14 @@ def _errors_in_half(
 ) -> dict[str, Tensor]:
     """How far the outputs in each half precision are from those in float32."""
     exact, *half = (
-        outputs(load(checkpoint, dtype)[0].to(device)).double() for dtype in (torch.float32, *_HALF.values())
+        outputs(place(load(checkpoint, dtype)[0], device)).double() for dtype in (torch.float32, *_HALF.values())
     )
     return {name: found - exact for name, found in zip(_HALF, half, strict=True)}
 
 
 def _completions(checkpoint: Path, device: torch.device, quantized: bool) -> CompletionAnswers:
     model, tokenizer = load(checkpoint)
-    model.to(device)
+    place(model, device, models=2)  # in float64
     room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # servers refuse prompts that fill the context
     if room < 1:
         raise InputError(
@@ -91,7 +92,7 @@ def _completions(checkpoint: Path, device: torch.device, quantized: bool) -> Com
     found = {"float32": _logprobs_of(prompts, partial(float64.logits, model))}
     del model
     for name, dtype in _HALF.items():
-        half = load(checkpoint, dtype)[0].to(device)
+        half = place(load(checkpoint, dtype)[0], device)
         found[name] = _logprobs_of(prompts, partial(_logits, half))
     expected = [value for prompt in prompts for value in (*prompt.logprobs, *prompt.greedy_logprobs)]
     exact = torch.tensor(expected, dtype=torch.float64)
@@ -113,8 +114,8 @@ def _pooled(checkpoint: Path, task: Task, device: torch.device, quantized: bool)
 
     rounded = {}
     for name, dtype in {"float32": torch.float32, **_HALF}.items():
-        rounded[name] = _values(load(checkpoint, dtype)[0].to(device), texts, task).double()
-    float64.in_float64(model.to(device))
+        rounded[name] = _values(place(load(checkpoint, dtype)[0], device), texts, task).double()
+    float64.in_float64(place(model, device, models=2))
     exact = float64.run(lambda: _values(model, texts, task))
     return PooledAnswers(
         task=task.name,

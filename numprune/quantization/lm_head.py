@@ -54,7 +54,7 @@ def moments_of(norm: nn.Module, hidden: Tensor, device: torch.device) -> Moments
     """
     moments = Moments(hidden.shape[-1], device=device)
     for row in hidden:
-        moments.add(norm(row.to(device)))
+        moments.add(norm(row.to(device)).to(device))
     moments.require_finite("lm_head")
     return moments
 

@@ -62,7 +62,7 @@ class Distillation(nn.Module):
             wanted = outputs(self._task, dense, rows)
         total = divergence(self._task, (self.model, output), (dense, wanted), rows, self._top_k)
         if self._hidden_weight:
-            distance = hidden_distance(our_states, their_states)
+            distance = hidden_distance(our_states, their_states).to(total.device)
             total = total + self._hidden_weight * distance * len(rows) * self._task.predictions_in(rows.shape[1])
         return total
 
@@ -89,10 +89,10 @@ def hidden_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     Minitron trains with this term (Muralidharan et al., NeurIPS 2024; NVIDIA Model Optimizer pairs the same layers).
     """
     found = [
-        1 - nn.functional.cosine_similarity(one.float(), other.float(), dim=-1).mean()
+        1 - nn.functional.cosine_similarity(one.float(), other.to(one.device).float(), dim=-1).mean()
         for one, other in zip(ours, theirs, strict=True)
     ]
-    return torch.stack(found).mean().double()
+    return torch.stack([one.to(found[0].device) for one in found]).mean().double()
 
 
 def outputs(task: Task, model: PreTrainedModel, rows: Tensor) -> Tensor:

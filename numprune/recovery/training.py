@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from numprune.anatomy import layers_path, read_anatomy
 from numprune.blocks import Anatomy
 from numprune.errors import InputError, IntegrityError
+from numprune.placement import is_spread, place
 from numprune.progress import Progress
 from numprune.recovery.lora import Adapters
 from numprune.recovery.loss import Distillation
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0  # of the gradient's norm
 _PRICED_ROWS = 8  # that blocks are chosen by
+_OF_TRAINING = 4  # copies of each weight: itself, its gradient and AdamW's two moments
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def distill(
     Args:
         model: in float32.
         dense: with the same vocabulary; it is not modified.
-        device: for training. Processes started by `accelerate launch` have a GPU each.
+        device: for training. Models that exceed one GPU are spread over all, but processes started by `accelerate
+            launch` have a GPU each.
         stored: stored data types of weights, if not float32: each step is evaluated with the weights as stored, and a
             GPU computes in bfloat16.
         dropped: layers of `dense` that `model` does not have.
@@ -151,8 +154,17 @@ class _Training:
                 f"{self._processes.num_processes} processes cannot share steps of {options.batch_size} rows; choose a "
                 "batch size that they divide"
             )
-        self._model = model.to(self._processes.device)
-        dense.to(self._processes.device)
+        where = device if self._processes.num_processes == 1 else self._processes.device
+        copies = _OF_TRAINING if options.train == "all" else 1
+        self._model = model
+        for one in (model, dense):
+            if not is_spread(one):
+                place(one, where, models=1 + copies)
+        if options.train == "blocks" and (is_spread(model) or is_spread(dense)):
+            raise InputError(
+                "train blocks replaces blocks of the dense model by pruned ones to price them, so it needs a GPU with "
+                "room for both models; train all weights, or use lora"
+            )
         self._blocks: dict[str, float] = {}
         self._trained: Trained
         if options.train == "lora":
@@ -171,7 +183,7 @@ class _Training:
         loss = Distillation(
             model, dense, task, top_k=options.top_k, hidden_weight=options.hidden_weight, dropped=dropped
         )
-        self._loss: nn.Module = self._processes.prepare_model(loss)
+        self._loss: nn.Module = self._processes.prepare_model(loss, device_placement=not is_spread(model))
         self._length = rows.training.shape[1]
         self._predictions = task.predictions_in(self._length)  # of a row
         self._unit = task.unit

@@ -51,7 +51,7 @@ class Causal:
     def predictions(self, model: PreTrainedModel) -> Predictions:
         def states(_: list[int], tokens: Tensor) -> Tensor:
             found: Tensor = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
-            return found[:, :-1]
+            return found[:, :-1].to(model.device)
 
         return Predictions(states, head_of(model), predicted_tokens(model.config))
 

@@ -89,7 +89,7 @@ class Masked:
             fed = torch.stack([self.masked(number, row) for number, row in zip(index, tokens, strict=True)])
             found: Tensor = model.base_model(input_ids=fed.to(model.device)).last_hidden_state
             chosen = [self.positions(number, row) for number, row in zip(index, tokens, strict=True)]
-            return torch.stack([row[some] for row, some in zip(found, chosen, strict=True)])
+            return torch.stack([row[some] for row, some in zip(found, chosen, strict=True)]).to(model.device)
 
         return Predictions(states, head_of(model), model.config.vocab_size)
 

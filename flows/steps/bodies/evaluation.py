@@ -15,12 +15,15 @@ def make_baseline(
     out: Path, *, model: Artifact, rows: Artifact, rows_digest: str, prompts: str | list[str], device: str
 ) -> BaselineScores:
     """Score the base on the held-out rows and the prompts: shared by all ratios and methods."""
+    import torch
+
     from numprune.export.checkpoint import load_model, text_tokenizer
     from numprune.export.tasks import load_task
     from numprune.flows.steps.baseline import prompts_of, score
     from numprune.flows.steps.text import load_heldout
+    from numprune.placement import place
 
-    loaded, tokenizer = load_model(model.path).to(device), text_tokenizer(model.path)
+    loaded, tokenizer = place(load_model(model.path), torch.device(device)), text_tokenizer(model.path)
     held_out = load_heldout(rows.path, rows_digest)
     return score(out, loaded, tokenizer, held_out, prompts_of(prompts), load_task(model.path))
 

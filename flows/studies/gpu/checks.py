@@ -16,6 +16,7 @@ from numprune.flows.studies.gpu.generation import Generation, random_llama
 from numprune.flows.studies.gpu.sizes import MINIATURE, widths
 from numprune.moments import Moments
 from numprune.options import PruneOptions
+from numprune.placement import is_spread, placed
 from numprune.target import Target
 
 CPU = torch.device("cpu")
@@ -84,6 +85,27 @@ def pruned_on_the_device(device: torch.device) -> None:
             torch.testing.assert_close(tensor.cpu(), tensors[name], atol=1e-5, rtol=1e-3)
 
 
+def spread_over_two_gpus(device: torch.device) -> str | None:
+    """A model whose layers lie on two GPUs is pruned as on one; returns the reason if it cannot be tested."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return "no second CUDA device"
+    if importlib.util.find_spec("accelerate") is None:
+        return "not installed: accelerate"
+    rows = torch.randint(0, MINIATURE.vocabulary, (80, MINIATURE.prompt), generator=torch.Generator().manual_seed(0))
+    options = PruneOptions(0.4, allocation="error", compensation="residual", target=Target(align=1))
+    base = random_llama(MINIATURE, widths(MINIATURE)[0], CPU, torch.float32)
+    size = sum(parameter.nbytes for parameter in base.parameters())
+    memory = {torch.device("cuda", 0): int(0.75 * size), torch.device("cuda", 1): 2 * size}
+    models = [copy.deepcopy(base).to(device), placed(copy.deepcopy(base), memory)]
+    assert is_spread(models[1])
+    one, two = (pruning.prune(model, rows, options) for model in models)
+    assert one.plan == two.plan
+    expected = one.model.state_dict()
+    for name, tensor in two.model.state_dict().items():
+        torch.testing.assert_close(tensor.cpu(), expected[name].cpu(), atol=1e-6, rtol=1e-5)
+    return None
+
+
 def decoded_as_in_one_pass(device: torch.device) -> None:
     """The static cache, and the CUDA graph on a GPU, give the same tokens as full forward passes without a cache."""
     sizes = MINIATURE
@@ -122,6 +144,7 @@ CHECKS: dict[str, Callable[[torch.device], str | None]] = {
         no_tf32,
         greedy_order,
         pruned_on_the_device,
+        spread_over_two_gpus,
         decoded_as_in_one_pass,
         tensorrt_engine,
     )

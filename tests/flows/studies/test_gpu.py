@@ -84,7 +84,8 @@ def test_in_miniature_on_a_bare_image(tmp_path: Path) -> None:
     rows = {name: part["rows"] for name, part in record["parts"].items()}
     assert [row["check"] for row in rows["checks"]] == list(checks.CHECKS)
     skipped = {row["check"]: row["skipped"] for row in rows["checks"] if row["skipped"]}
-    assert skipped == {"tensorrt_engine": "not installed: onnx, onnxscript, tensorrt"}  # the image was bare
+    assert skipped.pop("tensorrt_engine") == "not installed: onnx, onnxscript, tensorrt"  # the image was bare
+    assert skipped.keys() <= {"spread_over_two_gpus"}
     rates = [row["rate"] for row in rows["rates"]]
     assert [rate for rate in rates if rate != "TF32"] == ["float32", "float64", "bfloat16", "memory"]
     assert [row["measured_tokens"] for row in rows["pruning"]] == [64, 128]
