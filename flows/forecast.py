@@ -30,6 +30,7 @@ from numprune.options import PruneOptions, left_of
 from numprune.quantization import bytes_saved
 from numprune.serving.report.words import COUNTED
 from numprune.spans import full_layers
+from numprune.tasks.codes import ImageCodes
 from numprune.tasks.image_classification import ImageClassification
 
 R = TypeVar("R")
@@ -176,12 +177,14 @@ def _text(run: Run) -> dict[str, Any]:
     calibration = text_rows(data.calibration, "train", tokenizer, length, reading, tokens, task)
     draw_rows(calibration, data.samples, length, data.seed, "data.samples")
     heldout = [text_rows(text, "heldout", tokenizer, length, reading, task=task) for text in data.corpora.values()]
+    drawn, judged = {"samples": data.samples, "sequence_length": length}, sum(len(rows.rows) for rows in heldout)
+    if isinstance(task, ImageCodes):
+        return {**drawn, "calibration_images": len(calibration.rows), "heldout_images": judged}
     return {
-        "samples": data.samples,
-        "sequence_length": length,
+        **drawn,
         "calibration_windows": sum(len(row) == length for row in calibration.rows),
         "heldout_documents": sum(rows.documents for rows in heldout),
-        "heldout_windows": sum(len(rows.rows) for rows in heldout),
+        "heldout_windows": judged,
     }
 
 

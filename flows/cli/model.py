@@ -199,6 +199,7 @@ def _declared(task: "TaskName", config: Any, folder: Path) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> Answer:
+    from numprune.anatomy import code_vocabulary
     from numprune.export import checkpoint
     from numprune.flows import summary
     from numprune.flows.steps.evaluate import compare_checkpoints, evaluate_checkpoint
@@ -209,15 +210,16 @@ def evaluate(args: argparse.Namespace) -> Answer:
     baseline = checkpoint.resolve(args.baseline) if args.baseline else None
     rows = heldout_rows(args.text, args.sequence_length, models, reading(args, args.text), baseline)
     device = device_of("auto")
+    counts = "code" if code_vocabulary(checkpoint.read_config(models[0])) is not None else "token"
     if baseline is None:
         found = [{"model": str(model), **evaluate_checkpoint(model, rows, device)} for model in models]
-        lines = [_metrics_line(data) if "task" in data else _quality_line(data) for data in found]
+        lines = [_metrics_line(data) if "task" in data else _quality_line(data, counts) for data in found]
     else:
         sections = compare_checkpoints(models, baseline, rows, device)
         found = [_compared(model, baseline, section) for model, section in zip(models, sections, strict=True)]
         if sections[0]["task"] == names.CAUSAL_LM:
-            lines = [_quality_line({**found[0], **found[0]["baseline"]})]
-            lines += [line for data in found for line in (_quality_line(data), _difference_line(data))]
+            lines = [_quality_line({**found[0], **found[0]["baseline"]}, counts)]
+            lines += [line for data in found for line in (_quality_line(data, counts), _difference_line(data, counts))]
         else:
             lines = [f"{model}: {summary.of_quality(section)}" for model, section in zip(models, sections, strict=True)]
     return Answer(found[0] if len(found) == 1 else {"candidates": found}, "\n".join(lines))
@@ -260,10 +262,12 @@ def export(args: argparse.Namespace) -> Answer:
     return Answer(data, f"{args.out}: {args.to} in {made.facts['dtype']}, {amount}; parity verified{within}")
 
 
-def _quality_line(data: dict[str, Any]) -> str:
+def _quality_line(data: dict[str, Any], counts: str) -> str:
+    """`counts`: "token", or "code" of images."""
+    documents = counted(data["documents"], "image" if counts == "code" else "document")
     return (
-        f"{data['model']}: perplexity {data['perplexity']:.4f}, NLL {data['nll_nats_per_token']:.6f} nats/token on "
-        f"{counted(data['tokens'], 'token')} of {counted(data['documents'], 'document')}"
+        f"{data['model']}: perplexity {data['perplexity']:.4f}, NLL {data['nll_nats_per_token']:.6f} nats/{counts} on "
+        f"{counted(data['tokens'], counts)} of {documents}"
         f"{', packed' if data['packed'] else ''}"
     )
 
@@ -278,13 +282,14 @@ def _metrics_line(data: dict[str, Any]) -> str:
     return f"{data['model']}: {figures}, on {amount}"
 
 
-def _difference_line(data: dict[str, Any]) -> str:
+def _difference_line(data: dict[str, Any], counts: str) -> str:
     delta = data["nll_delta_nats_per_token"]
+    unit = "image" if counts == "code" else delta["sampling_unit"]
     low, high = delta["interval95"]
     interval = f" [{low:+.4f}, {high:+.4f}]" if low is not None and high is not None else ""
     return (
-        f"difference: NLL {delta['value']:+.4f} nats/token{interval} ({delta['samples']} {delta['sampling_unit']}s), "
-        f"KL {data['kl_nats_per_token']:.4f} nats/token, top-1 agreement {data['top1_agreement']:.2%}"
+        f"difference: NLL {delta['value']:+.4f} nats/{counts}{interval} ({delta['samples']} {unit}s), "
+        f"KL {data['kl_nats_per_token']:.4f} nats/{counts}, top-1 agreement {data['top1_agreement']:.2%}"
     )
 
 

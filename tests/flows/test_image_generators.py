@@ -246,6 +246,8 @@ def test_a_plan_shows_how_samples_are_compared(generator: Path, tmp_path: Path) 
     names = [stage.name for stage in forecast.planned(run)]
     assert names.index("real-features") < names.index("prune")
     drawn = names.index("sampled features baseline")
+    found = forecast.text(forecast.forecast(recipe.load(generator / "recipe.toml"), tmp_path / "w"))
+    assert "calibration: 24 of 30 images; held out: 12 images" in found
     assert names[drawn : drawn + 3] == ["sampled features baseline", "sampled features candidate", "fid"]
 
 
@@ -308,6 +310,11 @@ def test_a_published_file_is_converted_and_pruned(numprune: Command, tmp_path: P
     pruned = numprune("prune", tmp_path / "base", tmp_path / "out", *options, "--json")
     assert pruned.code == 0, pruned.err
     assert pruned.json["prunable_ratio_removed"] >= 0.3
+    judged = ("--text", tmp_path / "train.npy", "--sequence-length", 17)
+    told = numprune("evaluate", tmp_path / "out", "--baseline", tmp_path / "base", *judged).out
+    assert told.count(" nats/code on 320 codes of 20 images") == 2
+    assert "(20 images), KL " in told
+    assert "token" not in told
     refused = numprune("export", tmp_path / "out", tmp_path / "vllm", "--to", "vllm")
     assert refused.code == 1
     assert "vLLM does not run llamagen; leave vllm out" in refused.err
