@@ -125,7 +125,6 @@ class Recipe(Section):
             ("prune.allocation", self.prune.allocation, "error"),
             ("prune.window", self.prune.window, 0),
             ("target.tensor_parallel", self.target.tensor_parallel, 1),
-            ("export.dtype", self.export.dtype, "auto"),
             ("benchmark.device", self.benchmark.device, "auto"),
         ):
             if value != measured:
@@ -161,7 +160,7 @@ class Recipe(Section):
         """How the model is served whose time `prune.budget` limits."""
         # Other runtimes compute with the rounded values of an output matrix in 4 bits.
         bits = self.quantize.lm_head_bits if self.timings.runtime == "onnxruntime" else 8
-        return served_as(self.quantize.scheme, self.sizes(), bits)
+        return served_as(self.quantize.scheme, self.sizes(), bits, self.export.dtype)
 
     def to_toml(self) -> str:
         """The recipe with all defaults filled in, as stored in a release."""

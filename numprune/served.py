@@ -16,12 +16,16 @@ class Served:
     Attributes:
         scheme: of its projections; None: they are not quantized.
         lm_head_bits: of the output matrix of a quantized model in ONNX Runtime.
+        dtype: in which it is computed, as for numprune.export.precision.choose.
     """
 
     scheme: Scheme | None = None
     lm_head_bits: Literal[4, 8] = 8
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.scheme is not None:
+            raise InputError(f"dtype is {self.dtype!r}: quantized weights have their own format; omit it")
         if self.lm_head_bits != 8 and self.scheme is None:
             raise InputError(f"lm_head_bits is {self.lm_head_bits}, which needs a scheme; choose one, or leave it out")
 
@@ -33,7 +37,7 @@ class Served:
 
     def __str__(self) -> str:
         """What differs from the model as it is stored; empty if nothing does."""
-        return self.quantization if self.scheme else ""
+        return self.quantization if self.scheme else self.dtype.removeprefix("auto")
 
     def bytes_per_weight(self, unquantized: int) -> float:
         """Return the bytes of a projection's weight without its scale; `unquantized`: of other weights."""
@@ -43,15 +47,15 @@ class Served:
 AS_STORED = Served()
 
 
-def served_as(scheme: SchemeName | str, target: Target, lm_head_bits: Literal[4, 8] = 8) -> Served:
+def served_as(scheme: SchemeName | str, target: Target, lm_head_bits: Literal[4, 8] = 8, dtype: str = "auto") -> Served:
     """Return how a model for a target is served.
 
     Args:
         scheme: a name of a scheme, or "none".
 
     Raises:
-        InputError: the scheme is "mixed", or does not support the target's groups.
+        InputError: the scheme is "mixed", or does not support the target's groups, or goes with no `dtype`.
     """
     if scheme == MIXED:
         raise InputError("scheme mixed: a table of latencies is of blocks in one scheme; choose one for all")
-    return Served(None if scheme == "none" else in_groups(scheme, target.quantization_group), lm_head_bits)
+    return Served(None if scheme == "none" else in_groups(scheme, target.quantization_group), lm_head_bits, dtype)

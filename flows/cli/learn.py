@@ -14,6 +14,7 @@ from numprune.flows.cli.parser import (
     Subcommands,
     add_checkpoint_and_out,
     add_choice,
+    add_dtype,
     add_lm_head_bits,
     add_seed,
     add_text,
@@ -31,6 +32,7 @@ _GIVEN = (  # arguments that are options of pruning
     "timings",
     "scheme",
     "lm_head_bits",
+    "dtype",
     "allocation",
     "compensation",
     "align",
@@ -81,6 +83,7 @@ def add(commands: Subcommands) -> None:
         f"{', '.join(('none', *get_args(names.Scheme)))} (default: none)",
     )
     add_lm_head_bits(parser, "with --timings and --scheme, bits of the output matrix as timed", default=None)
+    add_dtype(parser, "with --timings, precision of the table")
     parser.add_argument(
         "--constraint",
         choices=get_args(names.LearningConstraint),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, get_args
 
 from numprune.documents import BLANK_LINE, WHOLE_FILE, Reading, is_plain, separator
 from numprune.errors import InputError
@@ -215,6 +215,14 @@ def add_lm_head_bits(parser: argparse.ArgumentParser, help_text: str, default: i
         default=default,
         metavar="N",
         help=f"{help_text}: {' or '.join(map(str, names.LM_HEAD_BITS))} (default: 8)",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add `--dtype`, which is None if it is not given."""
+    choices = get_args(names.Dtype)
+    parser.add_argument(
+        "--dtype", choices=choices, metavar="DTYPE", help=f"{help_text}; one of {', '.join(choices)} (default: auto)"
     )
 
 

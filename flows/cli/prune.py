@@ -16,6 +16,7 @@ from numprune.flows.cli.parser import (
     MODEL,
     Answer,
     Subcommands,
+    add_dtype,
     add_lm_head_bits,
     add_text,
     at_least,
@@ -108,6 +109,7 @@ def add(commands: Subcommands) -> None:
         f"block; one of {', '.join(get_args(names.QuantizedTo))} (default: none)",
     )
     add_lm_head_bits(parser, "with --timings and --scheme, bits of the output matrix as timed", default=None)
+    add_dtype(parser, "with --timings, precision of the table")
     for option, choices, help_text in (
         ("criterion", names.Criterion, "score of the units"),
         ("allocation", names.Allocation, "how removals are divided among layers"),
@@ -374,7 +376,7 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
     from numprune.options import options_of
     from numprune.plans import read_plan
 
-    asked = ("ratio", "budget", "scheme", "lm_head_bits", "timings", *_DEFAULTS)
+    asked = ("ratio", "budget", "scheme", "lm_head_bits", "dtype", "timings", *_DEFAULTS)
     given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     if args.plan is None:
         return options_within_budget({"ratio": 0.0, **given}, base), None
@@ -390,7 +392,7 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
 def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions":
     """Return the options for the model in `base`, as `options_of_arguments`, within the --budget if there is one.
 
-    `given`: also --budget, --scheme, --lm-head-bits and --timings. Raises InputError.
+    `given`: also --budget, --scheme, --lm-head-bits, --dtype and --timings. Raises InputError.
     """
     from numprune.budget_texts import parse_budgets
     from numprune.flows.steps.prune import byte_budget, kv_budget, sequence_budget
@@ -399,7 +401,9 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
     from numprune.timings import read_timings
 
     rest = dict(given)
-    budgets, scheme, bits, tables = (rest.pop(name, None) for name in ("budget", "scheme", "lm_head_bits", "timings"))
+    budgets, scheme, bits, dtype, tables = (
+        rest.pop(name, None) for name in ("budget", "scheme", "lm_head_bits", "dtype", "timings")
+    )
     asked = parse_budgets(budgets or [])
     if (asked.time is not None) != (tables is not None):
         raise InputError(
@@ -411,15 +415,18 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
         raise InputError(
             "--scheme is counted in a --budget of bytes or time; leave it out, and give it to numprune quantize"
         )
-    if bits is not None and tables is None:
-        raise InputError(f"--lm-head-bits {bits} has an effect only with --timings; leave it out")
+    for option, value in (("--lm-head-bits", bits), ("--dtype", dtype)):
+        if value is not None and tables is None:
+            raise InputError(f"{option} {value} has an effect only with --timings; leave it out")
+    if asked.bytes is not None and dtype not in (None, "auto"):
+        raise InputError(f"--dtype {dtype}: a --budget of bytes counts the weights as they are stored; leave it out")
     if not budgets:
         return options_of_arguments(rest)
     divided = {} if asked.sizes_by_ratio else {"allocation": "error"}
     chosen, scheme = options_of_arguments({"ratio": 0.0, **divided, **rest}), scheme or "none"
     timed = None
     if asked.time is not None and tables is not None:
-        served = served_as(scheme, chosen.target, bits or 8)
+        served = served_as(scheme, chosen.target, bits or 8, dtype or "auto")
         timed = time_budget(base, asked.time, [read_timings(table) for table in tables], chosen, served)
     return dataclasses.replace(
         chosen,

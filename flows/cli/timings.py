@@ -12,6 +12,7 @@ from numprune.flows.cli.parser import (
     Answer,
     Subcommands,
     add_choice,
+    add_dtype,
     add_group_size,
     add_lm_head_bits,
     add_seed,
@@ -115,6 +116,7 @@ def add(commands: Subcommands) -> None:
     )
     add_group_size(parser)
     add_lm_head_bits(parser, "of the output matrix with --scheme in onnxruntime")
+    add_dtype(parser, "precision that the runtime computes in, without --scheme; auto as for numprune export")
     add_seed(parser)
     parser.set_defaults(seed=None)
 
@@ -161,7 +163,7 @@ def timings(args: argparse.Namespace) -> Answer:
         raise InputError(f"--group-size {args.group_size} has an effect only with --scheme w4a16; leave it out")
     group = args.group_size or (names.GROUP_SIZE if args.scheme == "w4a16" else 1)
     target = Target(align=args.align, quantization_group=group)
-    served = served_as(args.scheme, target, args.lm_head_bits)
+    served = served_as(args.scheme, target, args.lm_head_bits, args.dtype or "auto")
     width = None if args.hidden_size is None else Width(args.hidden_size, args.basis or "fisher")
     if args.runtime is None:
         for option, given in (("--visits", args.visits), ("--seed", args.seed)):

@@ -53,9 +53,9 @@ def estimate(
 def estimate_key(base: Path, device: str, served: Served = AS_STORED, tensor_parallel: int = 1) -> Key:
     """Return what an estimate at the own hidden size of the model in `base` is valid for, on whichever machine.
 
-    The precision is that of the stored weights. Raises InputError.
+    The precision is by default that of the stored weights. Raises InputError.
     """
-    dtype = precision.stored(base)
+    dtype = precision.stored(base) if served.dtype == precision.AUTO else served.dtype
     if dtype not in precision.DTYPES:
         raise InputError(f"timings: {base} is stored in {dtype}; estimates are of {', '.join(precision.DTYPES)}")
     return Key(

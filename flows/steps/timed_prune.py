@@ -200,7 +200,7 @@ def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> Lat
             side: as_served(folder, scratch / f"{side}-quantized", budget.served)
             for side, folder in (("baseline", base), ("candidate", pruned))
         }
-        measured = _measured(runtime_of(base, budget.runtime), sides, timed, scratch)
+        measured = _measured(runtime_of(base, budget.runtime, budget.served), sides, timed, scratch)
     return LatencyBudget(
         scenario=budget.scenario,
         runtime=budget.runtime,

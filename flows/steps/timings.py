@@ -92,7 +92,7 @@ def key_of(base: Path, runtime: str, served: Served = AS_STORED, tensor_parallel
 
     Raises InputError, MissingRuntime.
     """
-    used, anatomy = runtime_of(base, runtime), read_anatomy(checkpoint.read_config(base))
+    used, anatomy = runtime_of(base, runtime, served), read_anatomy(checkpoint.read_config(base))
     return Key(
         runtime=runtime,
         versions=_versions(used.vllm) if used.vllm else package_versions(_PACKAGES[runtime]),
@@ -106,14 +106,14 @@ def key_of(base: Path, runtime: str, served: Served = AS_STORED, tensor_parallel
     )
 
 
-def runtime_of(base: Path, name: str) -> Runtime:
-    """Return the runtime on this machine, in the precision of the model in `base`.
+def runtime_of(base: Path, name: str, served: Served = AS_STORED) -> Runtime:
+    """Return the runtime on this machine, in the precision in which the model in `base` is served.
 
     Raises InputError, MissingRuntime.
     """
-    served = environment.find() if name == "vllm" else None
-    device = device_of(name) if served is None else "cpu" if served.cpu else "cuda"
-    return Runtime(name, device, precision_of(base, name, precision.AUTO), served)
+    found = environment.find() if name == "vllm" else None
+    device = device_of(name) if found is None else "cpu" if found.cpu else "cuda"
+    return Runtime(name, device, precision_of(base, name, served.dtype), found)
 
 
 def _versions(found: Environment) -> dict[str, str]:
@@ -152,7 +152,7 @@ def check_request(base: Path, asked: Request) -> None:
         load = timed_in(scenario, anatomy).load()
         extra = ahead(load) if asked.runtime == "vllm" and isinstance(load, Load) else 0
         check_scenario(scenario, anatomy, load.positions + extra)
-    used = runtime_of(base, asked.runtime)
+    used = runtime_of(base, asked.runtime, asked.served)
     check_served(pruned_config(config, anatomy) if asked.width else config, used, asked.served)
     if used.vllm:
         _check_served(base, anatomy, used.vllm, asked, used.dtype)
@@ -213,7 +213,7 @@ class _Run:
         self.config = checkpoint.read_config(base)
         self.anatomy = anatomy_at(read_anatomy(self.config), asked.width, asked.target)
         self.key = key_of(base, asked.runtime, asked.served).model_copy(update={"shape": shape_of(self.anatomy)})
-        self.runtime = runtime_of(base, asked.runtime)
+        self.runtime = runtime_of(base, asked.runtime, asked.served)
         sizes = sizes_to_time(self.anatomy, asked.target, asked.sizes)
         unquantized = precision.DTYPES[self.key.dtype].itemsize
         self.plan = TimedModels(self.anatomy, sizes, asked.served.bytes_per_weight(unquantized))

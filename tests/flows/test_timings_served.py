@@ -10,7 +10,7 @@ import pytest
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
-from numprune.export import checkpoint, manifest
+from numprune.export import checkpoint, manifest, precision
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.steps import timed_prune, timings
@@ -102,6 +102,44 @@ def test_a_pruned_model_is_measured_in_the_scheme_of_the_table(
     assert budget.served == Served(GROUPS, 4)
 
 
+def test_models_are_timed_in_the_precision_of_the_export(
+    numprune: Command, inputs: Path, tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, base, table = Served(dtype="bfloat16"), inputs / "base", tmp_path / "table.json"
+    clock, stored = timings.visit, set()
+
+    def visit(worker: Any, used: Any, folder: Path, timed: Any) -> Any:
+        stored.add((used.dtype, precision.stored(folder)))
+        return clock(worker, used, folder, timed)
+
+    monkeypatch.setattr(timings, "visit", visit)
+    assert measure(base, asked(sizes=2, served=half), tmp_path).key == key_of(base, "torch", half)
+    assert stored == {("bfloat16", "bfloat16")}
+    asked_for = [
+        f"prune.budget=5ms@{DECODE}",
+        "export.dtype=bfloat16",
+        "export.targets=['vllm']",
+        "benchmark.runtimes=['torch']",
+    ]
+    recipe = load(inputs / "recipe.toml", asked_for)
+    assert recipe.served() == half
+    assert prepare(recipe, tmp_path).timing_keys == {None: key_of(base, "torch", half).model_dump_json()}
+
+    benchmark_on(monkeypatch, lambda _: 1.0)
+    benchmark, used = timed_prune.run_benchmark, []
+    monkeypatch.setattr(
+        timed_prune, "run_benchmark", lambda *sides, **how: used.append(how["dtype"]) or benchmark(*sides, **how)
+    )
+    command = command_of(inputs, tmp_path, 0.8 * write_table(base, table, 1.0, dtype="bfloat16"))
+    refused = numprune(*command)
+    assert refused.code == 1
+    assert "dtype is bfloat16 in the table and float32 here" in refused.err
+    answered = numprune(*command, "--dtype", "bfloat16")
+    assert answered.code == 0, answered.err
+    assert used == ["bfloat16"]
+    assert "in torch (bfloat16), at most" in answered.out
+
+
 def test_a_recipe_times_what_it_releases(numprune: Command, inputs: Path, tmp_path: Path) -> None:
     exports = "export.targets=['onnxruntime']"
     form = ["quantize.scheme=w4a16", "quantize.group_size=32", "quantize.lm_head_bits=4"]
@@ -125,6 +163,7 @@ def test_a_recipe_times_what_it_releases(numprune: Command, inputs: Path, tmp_pa
         ("torch", {}, Served(Scheme("w8a8")), "torch dequantizes weights, so w8a8 has no latency there"),
         ("onnxruntime", {}, Served(Scheme("fp8")), "ONNX Runtime computes with no FP8 weights"),
         ("onnxruntime", {}, Served(Scheme("w4a16", 128)), "group_size is 128, which does not divide the 64 inputs"),
+        ("onnxruntime", {}, Served(dtype="bfloat16"), "ONNX Runtime has no bfloat16 kernels for a CPU"),
         ("vllm", {}, Served(Scheme("fp8")), "vLLM runs FP8 weights on GPUs and only on CPUs with AMX"),
         ("vllm", {}, Served(GROUPS), "the model is stored in float32, and vLLM's kernels for w4a16 on a CPU"),
         ("vllm", {}, Served(Scheme("w8a8"), 4), "lm_head_bits is 4, which only the export onnxruntime stores"),
@@ -142,6 +181,7 @@ def test_forms_that_a_runtime_lacks_are_refused_first(
     ("options", "says"),
     [
         (("--scheme", "w8a8", "--group-size", 32), "--group-size 32 has an effect only with --scheme w4a16"),
+        (("--scheme", "w8a8", "--dtype", "bfloat16"), "dtype is 'bfloat16': quantized weights have their own format"),
         (("--lm-head-bits", 4), "lm_head_bits is 4, which needs a scheme"),
         (("--scheme", "w4a16"), "group_size is 128, which does not divide the 64 inputs"),
     ],
