@@ -63,12 +63,13 @@ def test_an_activation_unknown_to_the_writer_is_traced(tiny_checkpoint: Checkpoi
 TRACED: dict[str, dict[int, dict[str, Any]]] = {
     "phi3": {0: {"skip": ["attention"], "intermediate_size": 40}, 1: SIZES[1], 2: {"skip": ["mlp"]}},
     "gpt2": {0: {"n_head": 3, "head_dim": 16}, 1: {"skip": ["attention"], "head_dim": 16}},
+    "llamagen": SIZES,
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TRACED)
-def test_traced_layers_that_differ_and_skip_a_block(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+def test_traced_layers_that_differ(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
     base = per_layer(tiny_checkpoint(family=family, num_hidden_layers=len(TRACED[family])), family, TRACED[family])
     onnx.export(base, tmp_path / "onnx")
     proof = parity.check(base, tmp_path / "onnx", "onnxruntime", device="cpu")
