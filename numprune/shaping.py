@@ -37,11 +37,13 @@ from numprune.quantization.pricing import rounding_prices
 from numprune.shape import PLAIN, Shape, ShapeChoice, TriedShape
 from numprune.surgery import assemble
 from numprune.tasks import CAUSAL, Task
+from numprune.time_budget import TimeBudget
 
 logger = logging.getLogger(__name__)
 
 _MEASURED = 3  # candidates, in addition to the model's own shape
 _APART = 4  # every fourth row measures
+_UNLIMITED_MS = 1e9
 MINIMUM_ROWS = 2 * _APART
 
 
@@ -166,9 +168,14 @@ class _Study:
     def _width(self, size: int) -> float:
         """Return the divergence at a smaller hidden size, if no unit and no layer goes."""
         if size not in self.widths:
-            whole = replace(self.options, ratio=0.0, budget=None, time_budget=None, kv_budget=None)
+            whole = replace(self.options, ratio=0.0, budget=None, time_budget=self._unlimited(), kv_budget=None)
             self.widths[size] = self.divergence(with_shape(whole, Shape(size, 0)))
         return self.widths[size]
+
+    def _unlimited(self) -> TimeBudget | None:
+        """Return the budget of time without a limit, which still lets a rotation add an output matrix."""
+        budget = self.options.time_budget
+        return budget and replace(budget, limit_ms=_UNLIMITED_MS)
 
     def _units(self, anatomy: Anatomy, options: PruneOptions, errors: Errors, rounding: Rounding) -> float:
         """Return the price of the sizes, and the schemes, that the allocation chooses."""

@@ -114,6 +114,16 @@ def test_candidates_share_a_budget_of_time(model):
     check_plan(anatomy, made.plan)
 
 
+def test_a_budget_of_time_counts_the_time_of_the_output_matrix_that_a_rotation_adds():
+    model = build_tiny(tie_word_embeddings=True)
+    anatomy = read_anatomy(model.config)
+    times = {one.hidden_size: times_at(one) for one in (anatomy, narrowed(anatomy, 56, "fisher"))}
+    budget = TimeBudget(0.8 * TimeBudget(1, times, "torch").predicted(anatomy).ms, times, "torch")
+    options = replace(OPTIONS, ratio=0.0, shapes=shapes_of([56], []), time_budget=budget)
+    study = _Study.of(model, CopiedLayers(model), ROWS[~APART], ROWS[APART], options)
+    assert dict(study.priced()).keys() == {PLAIN, Shape(56, 0)}
+
+
 def test_each_hidden_size_is_priced_by_its_own_times(model, study):
     anatomy = read_anatomy(model.config)
     times = {64: times_at(anatomy, 1e-4), **{n: times_at(narrowed(anatomy, n, "fisher")) for n in (56, 48)}}

@@ -86,6 +86,11 @@ def test_an_estimate_is_called_one_and_passes_no_gate_on_a_speed(metric: str) ->
     report = Report.model_validate(data)
     for shown in (markdown(report), page.html(report)):
         assert "decode,b=8,ctx=2048: estimated for H200 SXM, not measured, are 19.75 ms, from 27.00 ms" in shown
+    alone = copy.deepcopy(data)
+    alone["pruning"]["latency"]["dense_predicted"] = None
+    shown = markdown(Report.model_validate(alone))
+    assert "not measured, are 19.75 ms" in shown
+    assert "19.75 ms, from" not in shown
     limit = {"min": 1e-9} if metric.startswith("speed") else {"max": 1e9}
     [found] = judge(report, Policy(gates=(Gate(metric=metric, bound="point", **limit),))).gates
     assert found.outcome == "fail"
