@@ -104,6 +104,8 @@ def _command(base: Path, key: Key, scenario: str, served: Served, width: Width |
         group = f" --group-size {served.scheme.group_size}" if served.scheme.group_size else ""
         head = f" --lm-head-bits {served.lm_head_bits}" if served.lm_head_bits != 8 else ""
         options.append(f"--scheme {served.scheme.name}{group}{head}")
+    if served.dtype != "auto":
+        options.append(f"--dtype {served.dtype}")
     return " ".join(["numprune timings", str(base), where, f"--scenario {scenario}", *options, "--out TABLE"])
 
 
