@@ -4,6 +4,7 @@ import copy
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 
 from numprune import moments
 from numprune.corpus import TokenRows
-from numprune.errors import InputError
+from numprune.errors import InputError, MissingRuntime
+from numprune.export.runtimes.torch_compiled import CompiledRuntime
 from numprune.generation import continuations
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions
@@ -23,7 +25,6 @@ from numprune.quality import compare, evaluate
 from numprune.recovery import RecoveryOptions, RecoveryRows, distill
 from numprune.target import Target
 from tests.conftest import build_tiny
-from tests.second_device import SECOND, Literals
 
 CPU = torch.device("cpu")
 ROWS = torch.randint(0, 256, (16, 8), generator=torch.Generator().manual_seed(0))
@@ -34,10 +35,10 @@ def tiny(family: str = "llama", layers: int = 2, seed: int = 0) -> PreTrainedMod
     return build_tiny(family, seed, hidden_size=32, num_hidden_layers=layers)
 
 
-def spread(model: PreTrainedModel) -> PreTrainedModel:
+def spread(model: PreTrainedModel, second: torch.device) -> PreTrainedModel:
     """Place `model`, with about half of its layers on each of two devices."""
     size = sum(parameter.nbytes for parameter in model.parameters())
-    placed(model, {CPU: int(0.75 * size), SECOND: 2 * size})
+    placed(model, {CPU: int(0.75 * size), second: 2 * size})
     assert is_spread(model)
     return model
 
@@ -50,18 +51,20 @@ def equal(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-6) -> No
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=atol)
 
 
-@pytest.fixture(autouse=True)
-def _second(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    from tests.second_device import SECOND, Literals  # for the rest of the process, torch knows this device
+
     monkeypatch.setitem(moments._STRIP, SECOND.type, moments._STRIP["cpu"])
     with Literals():
-        yield
+        yield SECOND
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3_moe"])
-def test_a_spread_model_computes_the_same(family: str) -> None:
+def test_a_spread_model_computes_the_same(family: str, second: torch.device) -> None:
     whole = tiny(family, layers=4)
-    both = spread(copy.deepcopy(whole))
-    assert {SECOND, CPU} == {tensor.device for tensor in (*both.parameters(), *both.buffers())}
+    both = spread(copy.deepcopy(whole), second)
+    assert {second, CPU} == {tensor.device for tensor in (*both.parameters(), *both.buffers())}
     with torch.no_grad():
         equal(both(ROWS).logits, whole(ROWS).logits, 1e-5)
 
@@ -81,9 +84,9 @@ def test_a_spread_model_computes_the_same(family: str) -> None:
         pytest.param("qwen2", {"window": 4, "window_layers": 1, "compensation": "oneshot"}, marks=pytest.mark.slow),
     ],
 )
-def test_a_spread_model_is_pruned_as_one(family: str, changed: dict[str, Any]) -> None:
+def test_a_spread_model_is_pruned_as_one(family: str, changed: dict[str, Any], second: torch.device) -> None:
     options, base, rows = replace(OPTIONS, **changed), tiny(family), ROWS[:4] if family == "qwen3_moe" else ROWS
-    one, two = prune(base, rows, options), prune(spread(copy.deepcopy(base)), rows, options)
+    one, two = prune(base, rows, options), prune(spread(copy.deepcopy(base), second), rows, options)
     assert two.plan == one.plan
     assert is_spread(two.model) or options.drop_layers
     for name, tensor in one.model.state_dict().items():
@@ -92,9 +95,9 @@ def test_a_spread_model_is_pruned_as_one(family: str, changed: dict[str, Any]) -
         equal(two.model(ROWS).logits, one.model(ROWS).logits, 1e-4)
 
 
-def test_a_spread_model_is_planned_and_measured_as_one() -> None:
+def test_a_spread_model_is_planned_and_measured_as_one(second: torch.device) -> None:
     base, other = tiny(), tiny(seed=1)
-    two = spread(copy.deepcopy(base))
+    two = spread(copy.deepcopy(base), second)
     rows = TokenRows([*ROWS], list(range(len(ROWS))), [str(number) for number in range(len(ROWS))], "")
     options = replace(OPTIONS, criterion="wanda", compensation="none")
     plans = [plan_layers(ModelLayers(model), ROWS, options) for model in (base, two)]
@@ -111,15 +114,18 @@ def test_a_spread_model_is_planned_and_measured_as_one() -> None:
         equal(found, masses[0][name])
     texts = [continuations(model, [[1, 2, 3], [4]], (), argmax, maximum=4, length=20) for model in (base, two)]
     assert texts[0] == texts[1]
+    eager: Any = SimpleNamespace(model=two)
+    with pytest.raises(MissingRuntime, match="spread over several GPUs"):
+        CompiledRuntime(eager, 1, 8)
 
 
 @pytest.mark.parametrize("train", ["all", pytest.param("lora", marks=pytest.mark.slow)])
-def test_spread_models_are_distilled_as_one(train: Any) -> None:
+def test_spread_models_are_distilled_as_one(train: Any, second: torch.device) -> None:
     options = RecoveryOptions(tokens=64, learning_rate=1e-3, batch_size=4, micro_batch_size=2, selection_rows=4)
     options = replace(options, hidden_weight=0.5, train=train, gradient_checkpointing=False)
     dense, model = tiny(), tiny(seed=1)
     rows = RecoveryRows(ROWS[:12], ROWS[12:])
-    both = [spread(copy.deepcopy(one)) for one in (model, dense)]
+    both = [spread(copy.deepcopy(one), second) for one in (model, dense)]
     found = [distill(*pair, rows, options, CPU) for pair in ((model, dense), both)]
     assert found[1].kl_after == pytest.approx(found[0].kl_after, rel=1e-4)
     for name, tensor in model.state_dict().items():
@@ -128,15 +134,17 @@ def test_spread_models_are_distilled_as_one(train: Any) -> None:
         distill(both[0], dense, rows, replace(options, train="blocks"), CPU)
 
 
-def test_what_cannot_be_placed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_placed_is_refused(monkeypatch: pytest.MonkeyPatch, second: torch.device) -> None:
     model = tiny()
     size = sum(parameter.nbytes for parameter in model.parameters())
     with pytest.raises(InputError, match=r"2 GPUs have .* --stream .*prune\.stream"):
-        placed(model, {CPU: size // 4, SECOND: size // 4})
+        placed(model, {CPU: size // 4, second: size // 4})
+    with pytest.raises(InputError, match=r"second:0 has .*\(processes of torchrun have one each"):
+        placed(model, {second: size // 2})
     with pytest.raises(InputError, match=r"no place for .* beside the rest"):
-        placed(model, {CPU: size + size // 8, SECOND: 1}, models=2)
+        placed(model, {CPU: size + size // 8, second: 1}, models=2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"2 models of .* accelerate: pip install .numprune\[learn\]"):
-        placed(model, {CPU: size, SECOND: size}, models=2)
-    assert placed(model, {CPU: size + size // 8, SECOND: size}) is model
+        placed(model, {CPU: size, second: size}, models=2)
+    assert placed(model, {CPU: size + size // 8, second: size}) is model
     assert not is_spread(model)
