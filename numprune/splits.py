@@ -129,8 +129,10 @@ def priced(splits: Sequence[Split], anatomy: Anatomy, errors: Errors) -> dict[Sp
 
 def _nearest_ratios(reached: Sequence[float], ratio: float) -> str:
     below, above = [r for r in reached if r < ratio], [r for r in reached if r > ratio]
-    ratios = " or ".join([f"{found:.3f}" for found in (max(below, default=None), min(above, default=None)) if found])
-    return f"choose ratio {ratios}, or allocation error"
+    nearest = [found for found in (max(below, default=None), min(above, default=None)) if found]
+    # rounded towards the other sizes: a ratio over the highest, or below the lowest, would be refused
+    shown = [(math.floor if found == max(reached) else math.ceil)(found * 1000) / 1000 for found in nearest]
+    return f"choose ratio {' or '.join(f'{found:.3f}' for found in shown)}, or allocation error"
 
 
 def _interpolated(curve: Tensor, place: float) -> float:

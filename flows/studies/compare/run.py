@@ -29,6 +29,7 @@ from numprune.errors import InputError, NumpruneError
 from numprune.export import locks
 from numprune.export.checkpoint import read_config
 from numprune.export.manifest import folder_digest
+from numprune.export.tasks import load_task
 from numprune.flows import children, stages
 from numprune.flows.stages import Artifact, Stage, StageResult, Text
 from numprune.flows.steps.text import named, require_held_out, text_digest
@@ -37,7 +38,6 @@ from numprune.flows.studies.compare.methods import reads_dense_moments, reads_gr
 from numprune.flows.studies.compare.plot import as_svg
 from numprune.flows.studies.compare.steps import SharedPass
 from numprune.flows.studies.compare.table import Conditions, Row, Table, as_csv, as_markdown
-from numprune.units import LOSS_UNITS
 
 R = TypeVar("R")
 
@@ -212,7 +212,7 @@ class _Comparison:
             dense_nll=dense.nll_nats_per_token,
             dense_perplexity=None if anatomy.image else dense.perplexity,
             dense_accuracy=dense.accuracy,
-            unit=LOSS_UNITS[anatomy.task],
+            unit=load_task(request.model).unit,
             dense_parameters=budget_of(anatomy).parameters,
             version=metadata.version("numprune"),
         )

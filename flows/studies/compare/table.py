@@ -62,7 +62,7 @@ class Conditions:
     dense_nll: float
     dense_perplexity: float | None
     dense_accuracy: float | None
-    unit: str  # of losses: "nats/token" or "nats/image"
+    unit: str  # of losses, like "nats/token"
     dense_parameters: int
     version: str
 
