@@ -176,9 +176,9 @@ def shape_of(anatomy: Anatomy) -> Shape:
 def anatomy_at(anatomy: Anatomy, width: Width | None, target: Target) -> Anatomy:
     """Return the anatomy to time, at this hidden size; None: the model's own. Raises InputError as `check_hidden_size`.
 
-    The output matrix is separate from the embedding where pruning to this hidden size separates them.
+    The output matrix is separate from the embedding where pruning to a smaller hidden size separates them.
     """
-    if width is None:
+    if width is None or width.hidden_size == anatomy.hidden_size:
         return anatomy
     check_hidden_size(anatomy, width.hidden_size, target)
     return narrowed(anatomy, *width)

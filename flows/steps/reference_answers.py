@@ -77,7 +77,7 @@ def _errors_in_half(
 
 def _completions(checkpoint: Path, device: torch.device, quantized: bool) -> CompletionAnswers:
     model, tokenizer = load(checkpoint)
-    place(model, device, models=2)  # in float64
+    place(model, device)
     room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # servers refuse prompts that fill the context
     if room < 1:
         raise InputError(
@@ -115,7 +115,7 @@ def _pooled(checkpoint: Path, task: Task, device: torch.device, quantized: bool)
     rounded = {}
     for name, dtype in {"float32": torch.float32, **_HALF}.items():
         rounded[name] = _values(place(load(checkpoint, dtype)[0], device), texts, task).double()
-    float64.in_float64(place(model, device, models=2))
+    float64.in_float64(place(model, device))
     exact = float64.run(lambda: _values(model, texts, task))
     return PooledAnswers(
         task=task.name,

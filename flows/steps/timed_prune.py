@@ -72,7 +72,7 @@ def time_budget(
         if table is None:
             raise InputError(
                 f"timings: no table is of hidden size {result.hidden_size}; make it with "
-                f"{_command(base, first, str(scenario), served, width)}"
+                f"{_command(base, first, str(scenario), served, options.target, width)}"
             )
         check_key(table, here.model_copy(update={"shape": shape_of(result)}))
         times[result.hidden_size] = table.times(str(scenario))
@@ -96,10 +96,11 @@ def _by_hidden_size(tables: Sequence[TimingTable]) -> dict[int, TimingTable]:
     return found
 
 
-def _command(base: Path, key: Key, scenario: str, served: Served, width: Width | None) -> str:
+def _command(base: Path, key: Key, scenario: str, served: Served, target: Target, width: Width | None) -> str:
     """Return the command that makes a table beside one with this key."""
     where = "--roofline DEVICE" if key.runtime == ROOFLINE else f"--runtime {key.runtime}"
     options = [f"--hidden-size {width.hidden_size} --basis {width.basis}"] if width else []
+    options += [f"--align {target.align}"] if target.align != Target.align else []
     if served.scheme is not None:
         group = f" --group-size {served.scheme.group_size}" if served.scheme.group_size else ""
         head = f" --lm-head-bits {served.lm_head_bits}" if served.lm_head_bits != 8 else ""

@@ -65,17 +65,18 @@ def test_each_hidden_size_needs_its_own_table(numprune: Command, inputs: Path, t
     tables = {size: tmp_path / f"{size}.json" for size in (64, 56, 48)}
     peaks = ("--peak-tflops", 1e-3, "--bandwidth", 1e-3, "--scenario", DECODE, "--align", 8)
     for size, table in tables.items():
-        narrower = () if size == 64 else ("--hidden-size", size, "--basis", "coordinates")
-        assert numprune("timings", base, *peaks, *narrower, "--out", table).code == 0
-    read = read_timings(tables[48])
-    assert (read.key.shape.hidden_size, read.key.shape.tied) == (48, True)
+        basis = "fisher" if size == 64 else "coordinates"  # nothing is rotated at the model's own hidden size
+        made = numprune("timings", base, *peaks, "--hidden-size", size, "--basis", basis, "--out", table)
+        assert made.code == 0, made.err
+        shape = read_timings(table).key.shape
+        assert (shape.hidden_size, shape.tied) == (size, True)
     anatomy = read_anatomy(checkpoint.read_config(base))
     whole = TimeBudget(1, {64: read_timings(tables[64]).times(DECODE)}, ROOFLINE).predicted(anatomy).ms
     budget = ("--budget", f"{0.7 * whole:.6f}ms@{DECODE}", "--compensation", "oneshot", "--plan-only")
     text = (*SAMPLED, "--text", inputs / "train.txt")
 
-    def asked(sizes: tuple[int, ...], given: tuple[int, ...], basis: str = "coordinates") -> Answered:
-        timings = ("--timings", *(tables[size] for size in given), "--basis", basis)
+    def asked(sizes: tuple[int, ...], given: tuple[int, ...], basis: str = "coordinates", *more: object) -> Answered:
+        timings = ("--timings", *(tables[size] for size in given), "--basis", basis, *more)
         return numprune("prune", base, *budget, *timings, "--hidden-size", *sizes, *text, "--json")
 
     alone = asked((48,), (48,))
@@ -92,6 +93,8 @@ def test_each_hidden_size_needs_its_own_table(numprune: Command, inputs: Path, t
         refused = asked(sizes, given, basis)
         assert refused.code == 1
         assert re.search(says, refused.err), refused.err
+    refused = asked((48,), (64,), "coordinates", "--align", 16, "--dtype", "bfloat16")
+    assert "--hidden-size 48 --basis coordinates --align 16 --dtype bfloat16 --out TABLE" in refused.err
     refused = numprune("timings", base, *peaks, "--basis", "fisher", "--out", tmp_path / "other.json")
     assert "--basis fisher has an effect only with --hidden-size; leave it out" in refused.err
     refused = numprune("timings", base, *peaks, "--hidden-size", 42, "--out", tmp_path / "other.json")
