@@ -16,8 +16,11 @@ from numprune.errors import InputError, MissingRuntime
 from numprune.export import checkpoint
 from numprune.export.random_weights import write_random
 from numprune.flows.steps import timed_prune
+from numprune.flows.steps.served import as_served
 from numprune.flows.steps.timings import key_of, measure, runtime_of
+from numprune.quantization import Scheme
 from numprune.scenario import parse_scenario
+from numprune.served import Served
 from numprune.serving.benchmark import visits
 from numprune.serving.benchmark.visits import Runtime
 from numprune.serving.vllm import environment
@@ -45,7 +48,7 @@ Command = Callable[..., Answered]
 
 @pytest.mark.vllm
 def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Really measured: the dense model, and one whose layers differ."""
+    """Really measured: the dense model, also in w8a8, and one whose layers differ."""
     found = require_vllm()
     assert found.plugin
     monkeypatch.setenv("NUMPRUNE_VLLM", str(found.python.parent.parent))
@@ -58,9 +61,14 @@ def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_random(tmp_path / "smaller", smaller, base, torch.float32)
     used = runtime_of(base, "vllm")
     assert used == Runtime("vllm", "cpu" if found.cpu else "cuda", "float32", found)
+    half = write_checkpoint(build_tiny(head_dim=32).to(torch.bfloat16), tmp_path / "half")
+    w8a8 = Served(Scheme("w8a8"))
+    quantized = as_served(half, tmp_path / "quantized", w8a8)
     decode, prefill = visits.Timed("decode", 3, 16), visits.Timed("prefill", 2, 40)
     with used.start() as worker:  # importing vLLM takes long
         made = visits.visit(worker, used, base, {"decode": decode, "prefill": prefill})
+        in_half = runtime_of(half, "vllm", w8a8)
+        assert visits.visit(worker, in_half, quantized, {"decode": decode}).ms["decode"] > 0
         with pytest.raises(InputError, match="timings in vllm: the batch is 5000, and vLLM runs at most"):
             worker.ask("prepare", token_ids=[[1]] * 5000, batch_size=5000, output_length=2)
         monkeypatch.setattr(Runtime, "start", lambda _: nullcontext(worker))
