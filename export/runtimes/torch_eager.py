@@ -13,7 +13,7 @@ from numprune.errors import MissingRuntime
 from numprune.export import checkpoint
 from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
-from numprune.placement import place
+from numprune.placement import is_spread, place
 
 
 def device_for(device: str, threads: int | None) -> torch.device:
@@ -78,6 +78,11 @@ class TorchRuntime:
             ),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the model lies on several GPUs."""
+        return is_spread(self.model)
 
     def _devices(self) -> str:
         if self.device.type != "cuda":

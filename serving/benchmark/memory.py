@@ -58,17 +58,19 @@ class PeakResident:
 
 
 class PeakCounted:
-    """GPU memory of torch's tensors, counted by torch."""
+    """GPU memory of torch's tensors, counted by torch; of a spread model, the sum of the GPUs' peaks."""
 
     def __init__(self) -> None:
         self.method = "torch.cuda.max_memory_allocated"
         self.restart()
 
     def restart(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.init()  # before that, a GPU that is given by number has no counter
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
 
     def bytes(self) -> int:
-        return int(torch.cuda.max_memory_allocated())
+        return sum(int(torch.cuda.max_memory_allocated(gpu)) for gpu in range(torch.cuda.device_count()))
 
 
 class PeakMissing:

@@ -65,6 +65,8 @@ class Session:
 
         gpu = self._runtime.describe()["device"] != "cpu"
         self._energy, energy = (None, "") if encoder else open_meter(on_gpu=gpu)
+        if self._energy and isinstance(self._runtime, TorchRuntime) and self._runtime.is_spread:
+            self._energy, energy = None, "not measured: the model is spread over several GPUs"
         self._facts = {"energy": energy} if energy else {}
         description = self._describe()
         self._peak = on_gpu if gpu else resident

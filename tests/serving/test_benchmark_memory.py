@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from numprune.serving.benchmark import memory
 
@@ -27,3 +28,17 @@ def test_a_past_peak_is_reported(peak):
 
     peak.restart()
     assert peak.bytes() < before + 32 * MIB
+
+
+def test_the_peaks_of_all_gpus_are_added(monkeypatch):
+    """A model that is spread over two has a part of its weights on each."""
+    steps = []
+    for name, stand_in in (
+        ("init", lambda: steps.append("init")),
+        ("device_count", lambda: 2),
+        ("reset_peak_memory_stats", steps.append),
+        ("max_memory_allocated", [7 * MIB, 5 * MIB].__getitem__),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert memory.PeakCounted().bytes() == 12 * MIB
+    assert steps == ["init", 0, 1]

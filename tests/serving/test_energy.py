@@ -2,12 +2,16 @@
 
 import sys
 import uuid
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from numprune.export.runtimes.torch_eager import TorchRuntime
 from numprune.serving import energy
+from numprune.serving.benchmark import session as sessions
 from numprune.serving.benchmark.load import Load
 from numprune.serving.benchmark.samples import ENERGY, Generation, Repeat
 from numprune.serving.benchmark.sections import Look, speed_section
@@ -109,6 +113,18 @@ def test_a_worker_counts_the_energy_of_each_repeat(monkeypatch: pytest.MonkeyPat
     answer = session.repeat()
     assert answer["joules"] is None
     assert ENERGY not in Repeat.from_json(answer).metrics()
+
+
+def test_the_energy_of_a_model_on_several_boards_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr(sessions, "open_meter", lambda **_: (Nvml(), "NVML, the whole board"))
+    one, several = "NVML, the whole board", "not measured: the model is spread over several GPUs"
+    for spread, said in ((False, one), (True, several)):
+        monkeypatch.setattr(TorchRuntime, "is_spread", spread)
+        session = Session()
+        session.load(str(tiny_checkpoint("llama")), "torch", "cpu", 1)
+        assert (session._energy is None, session._facts["energy"]) == (spread, said)
 
 
 def repeats(joules: float | None) -> list[Repeat]:
