@@ -124,7 +124,6 @@ class Recipe(Section):
             ("prune.ratio", self.prune.ratio, 0.0),
             ("prune.allocation", self.prune.allocation, "error"),
             ("prune.window", self.prune.window, 0),
-            ("target.tensor_parallel", self.target.tensor_parallel, 1),
             ("benchmark.device", self.benchmark.device, "auto"),
         ):
             if value != measured:

@@ -7,7 +7,8 @@ By the roofline model (Williams, Waterman and Patterson, CACM 52(4), 2009), a bl
 The shares of the peaks are what matrix products and copies usually reach, not measured ones. A matrix product counts
 with its outputs rounded up to whole tiles, an attention with the keys that its tokens see. The bytes are the weights,
 quantized ones with their scales, read once, the keys and values, and what goes into and out of the block. Products of
-8-bit weights with 8-bit inputs have the peak of 8 bits. Starts of kernels and communication between
+8-bit weights with 8-bit inputs have the peak of 8 bits. Devices that share a layer take as long as one of them with its
+part of the units. Starts of kernels and communication between
 devices are not counted, so small batches take longer than this says. No tensor library is needed.
 """
 
@@ -111,7 +112,7 @@ def estimated(
     for kind, of_kind in sizes.items():
         block = _largest(anatomy, kind)
         for size in of_kind:
-            ms = roofline.block(block.resized(size))
+            ms = roofline.block(block.resized(_on_each(block, size, served.tensor_parallel)))
             time = BlockTime(ms=ms, interval95=(ms, ms), units=size.units, members=size.members)
             blocks.setdefault(kind, []).append(time)
     ms = roofline.around()
@@ -122,6 +123,15 @@ def estimated(
 def _largest(anatomy: Anatomy, kind: str) -> Block:
     blocks = (block for block in anatomy.blocks if block.timed_as == kind)
     return max(blocks, key=lambda block: block.parameters(block.size))
+
+
+def _on_each(block: Block, size: Size, devices: int) -> Size:
+    """Return the part of a block of this size that each of the devices has which share it evenly."""
+    if block.routing is not None:
+        return Size(size.units, size.members // devices)
+    if block.kind == "attention" and size.units < devices:  # each has a copy of a KV head
+        return Size(1, size.units * size.members // devices)
+    return Size(size.units // devices, size.members)
 
 
 @dataclass(frozen=True)
@@ -192,7 +202,7 @@ class _Roofline:
     def around(self) -> float:
         """Return the milliseconds of embeddings and head."""
         rows = self.tokens if self.anatomy.task == "masked-lm" else self.scenario.batch  # that have logits
-        head, hidden = self.anatomy.output_parameters, self.anatomy.hidden_size
+        head, hidden = self.anatomy.output_parameters / self.served.tensor_parallel, self.anatomy.hidden_size
         read = head + self.tokens * hidden + rows * self.anatomy.predicted
         return self._ms(2.0 * rows * head, float(read))
 

@@ -17,11 +17,13 @@ class Served:
         scheme: of its projections; None: they are not quantized.
         lm_head_bits: of the output matrix of a quantized model in ONNX Runtime.
         dtype: in which it is computed, as for numprune.export.precision.choose.
+        tensor_parallel: devices that share each layer.
     """
 
     scheme: Scheme | None = None
     lm_head_bits: Literal[4, 8] = 8
     dtype: str = "auto"
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.scheme is not None:
@@ -36,8 +38,10 @@ class Served:
         return f"{self.scheme}{head}" if self.scheme else "none"
 
     def __str__(self) -> str:
-        """What differs from the model as it is stored; empty if nothing does."""
-        return self.quantization if self.scheme else self.dtype.removeprefix("auto")
+        """What differs from the model as it is stored, on one device; empty if nothing does."""
+        form = self.quantization if self.scheme else self.dtype.removeprefix("auto")
+        devices = f"on {self.tensor_parallel} devices" if self.tensor_parallel > 1 else ""
+        return ", ".join(part for part in (form, devices) if part)
 
     def bytes_per_weight(self, unquantized: int) -> float:
         """Return the bytes of a projection's weight without its scale; `unquantized`: of other weights."""
@@ -58,4 +62,5 @@ def served_as(scheme: SchemeName | str, target: Target, lm_head_bits: Literal[4,
     """
     if scheme == MIXED:
         raise InputError("scheme mixed: a table of latencies is of blocks in one scheme; choose one for all")
-    return Served(None if scheme == "none" else in_groups(scheme, target.quantization_group), lm_head_bits, dtype)
+    form = None if scheme == "none" else in_groups(scheme, target.quantization_group)
+    return Served(form, lm_head_bits, dtype, target.tensor_parallel)

@@ -117,6 +117,13 @@ def add(commands: Subcommands) -> None:
     add_group_size(parser)
     add_lm_head_bits(parser, "of the output matrix with --scheme in onnxruntime")
     add_dtype(parser, "precision that the runtime computes in, without --scheme; auto as for numprune export")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="devices that share each layer, in vllm or estimated; on a CPU, N processes (default: 1)",
+    )
     add_seed(parser)
     parser.set_defaults(seed=None)
 
@@ -162,7 +169,7 @@ def timings(args: argparse.Namespace) -> Answer:
     if args.group_size and args.scheme != "w4a16":
         raise InputError(f"--group-size {args.group_size} has an effect only with --scheme w4a16; leave it out")
     group = args.group_size or (names.GROUP_SIZE if args.scheme == "w4a16" else 1)
-    target = Target(align=args.align, quantization_group=group)
+    target = Target(args.align, args.tensor_parallel, group)
     served = served_as(args.scheme, target, args.lm_head_bits, args.dtype or "auto")
     width = None if args.hidden_size is None else Width(args.hidden_size, args.basis or "fisher")
     if args.runtime is None:
@@ -188,9 +195,10 @@ def _lines(table: "TimingTable") -> list[str]:
     key = table.key
     runtime = f"{key.runtime} ({key.implementation})" if key.implementation else key.runtime
     form = key.dtype if key.quantization == "none" else f"{key.dtype} ({key.quantization})"
-    lines = [f"{runtime}, {form}, {key.device}, {key.threads} threads"]
+    device = key.device if key.tensor_parallel == 1 else f"{key.tensor_parallel} x {key.device}"
+    lines = [f"{runtime}, {form}, {device}, {key.threads} threads"]
     if table.estimate:
-        lines = [f"estimated for {key.device} in {form}, not measured"]
+        lines = [f"estimated for {device} in {form}, not measured"]
     lines[0] += f", at hidden size {key.shape.hidden_size:,}"
     if table.routing:
         lines.append("experts with random routers: one that prefers some experts can be slower or faster")

@@ -6,8 +6,8 @@ from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, precision
 from numprune.flows.names import ROOFLINE
+from numprune.flows.steps.served import check_divisible
 from numprune.hidden import Width
-from numprune.quantization import check_quantizable
 from numprune.roofline import Peaks, estimated
 from numprune.scenario import Scenario, check_scenario
 from numprune.served import AS_STORED, Served
@@ -32,8 +32,7 @@ def estimate(
     compressed_tensors.refuse_quantized(base, "timing of blocks")
     anatomy = anatomy_at(read_anatomy(checkpoint.read_config(base)), width, target)
     key = estimate_key(base, peaks.name, served).model_copy(update={"shape": shape_of(anatomy)})
-    if served.scheme is not None:
-        check_quantizable(anatomy, served.scheme)
+    check_divisible(anatomy, served)
     if served.lm_head_bits != 8:
         raise InputError("lm_head_bits is 4, which only the export onnxruntime stores; estimates are of 8")
     for scenario in scenarios:
@@ -50,7 +49,7 @@ def estimate(
     )
 
 
-def estimate_key(base: Path, device: str, served: Served = AS_STORED, tensor_parallel: int = 1) -> Key:
+def estimate_key(base: Path, device: str, served: Served = AS_STORED) -> Key:
     """Return what an estimate at the own hidden size of the model in `base` is valid for, on whichever machine.
 
     The precision is by default that of the stored weights. Raises InputError.
@@ -65,6 +64,6 @@ def estimate_key(base: Path, device: str, served: Served = AS_STORED, tensor_par
         threads=0,
         dtype=dtype,
         quantization=served.quantization,
-        tensor_parallel=tensor_parallel,
+        tensor_parallel=served.tensor_parallel,
         shape=shape_of(read_anatomy(checkpoint.read_config(base))),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.export import genai
 from numprune.export.vllm import check_quantized
@@ -16,14 +17,20 @@ from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.quantization import check_quantizable
 from numprune.served import Served
 from numprune.serving.benchmark.visits import Runtime
+from numprune.target import not_split
 
 
 def check_served(config: Any, used: Runtime, served: Served) -> None:
     """Refuse to time a model in a form that it or the runtime does not have. Raises InputError."""
     scheme = served.scheme
+    check_divisible(read_anatomy(config), served)
+    devices, here = served.tensor_parallel, torch.cuda.device_count()
+    if devices > 1 and used.vllm is None:
+        raise InputError(f"timings: tensor_parallel is {devices}, and {used.name} runs on one device; choose vllm")
+    if used.device == "cuda" and 0 < here < devices:
+        raise InputError(f"timings: tensor_parallel is {devices}, and this machine has {here} GPUs; choose another one")
     if scheme is None:
         return
-    check_quantizable(read_anatomy(config), scheme)
     if used.name == "torch":
         raise InputError(
             f"timings: torch dequantizes weights, so {scheme} has no latency there; choose onnxruntime or vllm"
@@ -36,6 +43,18 @@ def check_served(config: Any, used: Runtime, served: Served) -> None:
     check_quantized(scheme, config.dtype, "cpu" if used.vllm.cpu else "gpu")
     if served.lm_head_bits != 8:
         raise InputError("lm_head_bits is 4, which only the export onnxruntime stores; use 8")
+
+
+def check_divisible(anatomy: Anatomy, served: Served) -> None:
+    """Refuse a model that cannot be quantized or shared by the devices as asked. Raises InputError."""
+    devices = served.tensor_parallel
+    if faults := not_split(anatomy, devices):
+        raise InputError(
+            f"tensor_parallel is {devices}, which does not divide {'; '.join(faults)}; the model itself is timed, too, "
+            "so choose a smaller one"
+        )
+    if served.scheme is not None:
+        check_quantizable(anatomy, served.scheme, devices)
 
 
 def as_served(source: Path, out: Path, served: Served) -> Path:

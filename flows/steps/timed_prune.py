@@ -60,8 +60,7 @@ def time_budget(
     """
     limit_ms, scenario = parse_time(asked)
     anatomy, first = read_anatomy(checkpoint.read_config(base)), tables[0].key
-    how = served, options.target.tensor_parallel
-    here = estimate_key(base, first.device, *how) if tables[0].estimate else key_of(base, first.runtime, *how)
+    here = estimate_key(base, first.device, served) if tables[0].estimate else key_of(base, first.runtime, served)
     left = _by_hidden_size(tables)
     widths = widths_of(anatomy, options)
     if None not in widths and anatomy.hidden_size in left:
@@ -107,6 +106,8 @@ def _command(base: Path, key: Key, scenario: str, served: Served, target: Target
         options.append(f"--scheme {served.scheme.name}{group}{head}")
     if served.dtype != "auto":
         options.append(f"--dtype {served.dtype}")
+    if served.tensor_parallel > 1:
+        options.append(f"--tensor-parallel {served.tensor_parallel}")
     return " ".join(["numprune timings", str(base), where, f"--scenario {scenario}", *options, "--out TABLE"])
 
 

@@ -87,7 +87,7 @@ def timing_request(
     return Request(asked.runtime, scenarios, target, asked.sizes, asked.visits, asked.seed, served, width)
 
 
-def key_of(base: Path, runtime: str, served: Served = AS_STORED, tensor_parallel: int = 1) -> Key:
+def key_of(base: Path, runtime: str, served: Served = AS_STORED) -> Key:
     """Return what a table measured here at the model's own hidden size would be valid for.
 
     Raises InputError, MissingRuntime.
@@ -101,7 +101,7 @@ def key_of(base: Path, runtime: str, served: Served = AS_STORED, tensor_parallel
         threads=torch.get_num_threads() if runtime == "torch" else processors.count(),
         dtype=used.dtype,
         quantization=served.quantization,
-        tensor_parallel=tensor_parallel,
+        tensor_parallel=served.tensor_parallel,
         shape=shape_of(anatomy),
     )
 
@@ -113,7 +113,7 @@ def runtime_of(base: Path, name: str, served: Served = AS_STORED) -> Runtime:
     """
     found = environment.find() if name == "vllm" else None
     device = device_of(name) if found is None else "cpu" if found.cpu else "cuda"
-    return Runtime(name, device, precision_of(base, name, served.dtype), found)
+    return Runtime(name, device, precision_of(base, name, served.dtype), found, served.tensor_parallel)
 
 
 def _versions(found: Environment) -> dict[str, str]:

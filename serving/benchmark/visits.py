@@ -60,13 +60,14 @@ class Timed:
 class Runtime:
     """The runtime of every model, its device ("auto", "cpu" or "cuda") and precision; torch decodes eagerly.
 
-    `vllm`: the environment with vLLM, if it is the runtime.
+    `vllm`: the environment with vLLM, if it is the runtime; `tensor_parallel` devices then share each layer.
     """
 
     name: str
     device: str
     dtype: str
     vllm: Environment | None = None
+    tensor_parallel: int = 1
 
     def start(self) -> AbstractContextManager[Worker]:
         """Start the worker that `visit` needs."""
@@ -77,7 +78,7 @@ class Runtime:
         """Load the model in `folder` for all loads; returns its vocabulary. Raises as `visit`."""
         if self.vllm:
             generated = [load for load in loads if isinstance(load, Load)]
-            options = engine_options(self.vllm, folder, generated, self.dtype)
+            options = engine_options(self.vllm, folder, generated, self.dtype, self.tensor_parallel)
             opened = worker.ask("load", folder=str(folder), options=options)
         else:
             opened = worker.ask(

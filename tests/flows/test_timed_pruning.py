@@ -260,7 +260,6 @@ def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_pat
             [f"prune.budget=['6MiB', '5ms@{DECODE}']", "quantize.scheme=mixed"],
             "quantize.scheme = 'mixed': latencies are of blocks in one scheme; choose one for all",
         ),
-        ([f"prune.budget=5ms@{DECODE}", "target.tensor_parallel=2"], "tensor_parallel = 2: with a time"),
         ([f"prune.budget=5ms@{DECODE}", "prune.window=8", "prune.window_layers=1"], "prune.window = 8: with a time"),
         (
             [f"prune.budget=5ms@{DECODE}", "learn.method=vib", "learn.constraint=flops"],

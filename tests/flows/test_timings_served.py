@@ -17,7 +17,7 @@ from numprune.flows.steps import timed_prune, timings
 from numprune.flows.steps.timings import check_request, key_of, measure
 from numprune.plans import PLAN_FILE, read_plan
 from numprune.quantization import Scheme, quantized_tensors
-from numprune.served import Served
+from numprune.served import Served, served_as
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import Environment
 from numprune.target import Target
@@ -67,11 +67,14 @@ def test_models_are_timed_in_the_scheme(
         return clock(worker, used, folder, timed)
 
     monkeypatch.setattr(timings, "visit", visit)
-    groups = Target(align=32, quantization_group=scheme.group_size or 1)
-    table = measure(base, asked(runtime=runtime, sizes=2, target=groups, served=Served(scheme)), tmp_path)
+    target = Target(32, 2 if runtime == "vllm" else 1, scheme.group_size or 1)
+    served = served_as(scheme.name, target)
+    table = measure(base, asked(runtime=runtime, sizes=2, target=target, served=served), tmp_path)
     assert len(looked) >= 4
-    assert table.key == key_of(base, runtime, Served(scheme))
-    assert table.key.quantization == str(scheme)
+    assert table.key == key_of(base, runtime, served)
+    assert (table.key.quantization, table.key.tensor_parallel) == (str(scheme), target.tensor_parallel)
+    for times in table.times(DECODE).blocks["mlp"]:
+        assert times.units % (32 * target.tensor_parallel) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
@@ -152,6 +155,10 @@ def test_a_recipe_times_what_it_releases(numprune: Command, inputs: Path, tmp_pa
     answered = numprune("plan", inputs / "recipe.toml", *settings)
     assert answered.code == 0, answered.err
     assert "among sizes that are measured (w4a16, groups of 32, output matrix in 4 bits)" in answered.out
+    shared = ("--set", "timings.runtime=torch", "quantize.scheme=none", "target.tensor_parallel=2")
+    refused = numprune("plan", inputs / "recipe.toml", *settings[:4], *shared)
+    assert refused.code == 1
+    assert "prune: timings: tensor_parallel is 2, and torch runs on one device; choose vllm" in refused.err
     refused = numprune("plan", inputs / "recipe.toml", *settings, "--set", "timings.runtime=torch")
     assert refused.code == 1
     assert "prune: timings: torch dequantizes weights, so w4a16, groups of 32 has no latency there" in refused.err
@@ -163,6 +170,13 @@ def test_a_recipe_times_what_it_releases(numprune: Command, inputs: Path, tmp_pa
         ("torch", {}, Served(Scheme("w8a8")), "torch dequantizes weights, so w8a8 has no latency there"),
         ("onnxruntime", {}, Served(Scheme("fp8")), "ONNX Runtime computes with no FP8 weights"),
         ("onnxruntime", {}, Served(Scheme("w4a16", 128)), "group_size is 128, which does not divide the 64 inputs"),
+        ("onnxruntime", {}, Served(tensor_parallel=2), "tensor_parallel is 2, and onnxruntime runs on one device"),
+        (
+            "vllm",
+            {},
+            Served(tensor_parallel=8),
+            "tensor_parallel is 8, which does not divide layer 0 num_attention_heads",
+        ),
         ("onnxruntime", {}, Served(dtype="bfloat16"), "ONNX Runtime has no bfloat16 kernels for a CPU"),
         ("vllm", {}, Served(Scheme("fp8")), "vLLM runs FP8 weights on GPUs and only on CPUs with AMX"),
         ("vllm", {}, Served(GROUPS), "the model is stored in float32, and vLLM's kernels for w4a16 on a CPU"),
@@ -183,6 +197,7 @@ def test_forms_that_a_runtime_lacks_are_refused_first(
         (("--scheme", "w8a8", "--group-size", 32), "--group-size 32 has an effect only with --scheme w4a16"),
         (("--scheme", "w8a8", "--dtype", "bfloat16"), "dtype is 'bfloat16': quantized weights have their own format"),
         (("--lm-head-bits", 4), "lm_head_bits is 4, which needs a scheme"),
+        (("--tensor-parallel", 8), "tensor_parallel is 8, which does not divide layer 0 num_attention_heads=4"),
         (("--scheme", "w4a16"), "group_size is 128, which does not divide the 64 inputs"),
     ],
 )

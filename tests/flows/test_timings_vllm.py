@@ -48,7 +48,7 @@ Command = Callable[..., Answered]
 
 @pytest.mark.vllm
 def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Really measured: the dense model, also in w8a8, and one whose layers differ."""
+    """Really measured: the dense model, in w8a8 and by two processes, too, and one whose layers differ."""
     found = require_vllm()
     assert found.plugin
     monkeypatch.setenv("NUMPRUNE_VLLM", str(found.python.parent.parent))
@@ -69,6 +69,10 @@ def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         made = visits.visit(worker, used, base, {"decode": decode, "prefill": prefill})
         in_half = runtime_of(half, "vllm", w8a8)
         assert visits.visit(worker, in_half, quantized, {"decode": decode}).ms["decode"] > 0
+        if found.cpu:
+            shared = runtime_of(base, "vllm", Served(tensor_parallel=2))
+            by_two = visits.visit(worker, shared, base, {"decode": decode})
+            assert min(by_two.ms["decode"], by_two.threads.ran_s) > 0
         with pytest.raises(InputError, match="timings in vllm: the batch is 5000, and vLLM runs at most"):
             worker.ask("prepare", token_ids=[[1]] * 5000, batch_size=5000, output_length=2)
         monkeypatch.setattr(Runtime, "start", lambda _: nullcontext(worker))

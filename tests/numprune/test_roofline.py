@@ -109,6 +109,24 @@ def test_products_of_8_bits_have_their_own_peak():
         times_of(config, f"prefill,b=3,len={length}", fast, Served(Scheme("fp8")))
 
 
+def test_devices_that_share_a_layer_have_a_part_of_its_units_each():
+    config = tiny_config("llama", **LLAMA, num_attention_heads=4, num_key_value_heads=2)
+    stream = 4 * 2 * 8 * 256
+    whole, two, four = (
+        times_of(config, "decode,b=8,ctx=99", SLOW_MEMORY, Served(tensor_parallel=devices)) for devices in (1, 2, 4)
+    )
+    for devices, shared in ((2, two), (4, four)):
+        part = (at_own_size(whole, "mlp") - stream * 1e-6) / devices
+        assert at_own_size(shared, "mlp") == pytest.approx(part + stream * 1e-6)
+        assert {(time.units, time.members) for time in shared.blocks["mlp"]} >= {(512, 1)}
+    assert two.around.ms == pytest.approx(4 * (256 * 259 / 2 + 8 * 256 + 8 * 259) * 1e-6)
+    own = max(range(len(two.blocks["attention"])), key=lambda index: two.blocks["attention"][index].units)
+    part = (whole.blocks["attention"][own].ms - stream * 1e-6) / 2
+    assert two.blocks["attention"][own].ms == pytest.approx(part + stream * 1e-6)
+    copied = 256 * (1 + 1 + 1 + 1) * 64 + 2 * 8 * 64 + 2 * 8 * 100 * 64  # a head of each kind
+    assert four.blocks["attention"][own].ms == pytest.approx((4 * copied + stream) * 1e-6)
+
+
 def test_a_device_is_known_or_described():
     assert peaks_of("h200", 0, 0) is DEVICES["h200"]
     assert peaks_of("", 100, 2000).tflops[2] == 100

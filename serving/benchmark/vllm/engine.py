@@ -16,6 +16,8 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
+import psutil  # vLLM needs it, too
+
 
 class Refusal(Exception):
     """What was asked cannot be timed; the parent raises it as an InputError."""
@@ -108,11 +110,12 @@ class Session:
 
 
 def _thread_times() -> tuple[float, float]:
-    """Seconds that this process's threads ran and waited for a CPU, so far."""
+    """Seconds that the threads of this process and of its children, one for each device, ran and waited for a CPU."""
     ran_ns = waited_ns = 0
-    for file in Path("/proc/self/task").glob("*/schedstat"):
-        ran, waited, _ = file.read_text().split()
-        ran_ns, waited_ns = ran_ns + int(ran), waited_ns + int(waited)
+    for process in [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]:
+        for file in Path(f"/proc/{process}/task").glob("*/schedstat"):
+            ran, waited, _ = file.read_text().split()
+            ran_ns, waited_ns = ran_ns + int(ran), waited_ns + int(waited)
     return ran_ns / 1e9, waited_ns / 1e9
 
 

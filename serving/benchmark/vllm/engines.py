@@ -36,8 +36,12 @@ def ahead(load: Load) -> int:
     return math.ceil(load.batch_size * load.prompt_length / max(_SCHEDULED - load.batch_size, 1))
 
 
-def engine_options(environment: Environment, folder: Path, loads: Sequence[Load], dtype: str) -> dict[str, Any]:
+def engine_options(
+    environment: Environment, folder: Path, loads: Sequence[Load], dtype: str, tensor_parallel: int = 1
+) -> dict[str, Any]:
     """Return vLLM's options for the checkpoint in `folder` and all loads; others are those of a server by default.
+
+    With `tensor_parallel`, each device has a process.
 
     Raises:
         InputError: vLLM cannot load it.
@@ -47,6 +51,7 @@ def engine_options(environment: Environment, folder: Path, loads: Sequence[Load]
     positions = max(load.positions + ahead(load) for load in loads)
     tokens = max(load.batch_size for load in loads) * _PAGE * (1 + math.ceil(positions / _PAGE))
     needs = facts["needs"]
+    shared = {"tensor_parallel_size": tensor_parallel, "distributed_executor_backend": "mp"}
     return {
         "dtype": dtype,
         "max_model_len": positions,
@@ -54,5 +59,6 @@ def engine_options(environment: Environment, folder: Path, loads: Sequence[Load]
         "kv_cache_memory_bytes": 2 * tokens * of_token * precision.DTYPES[dtype].itemsize + _SPARE_BYTES,
         "enable_prefix_caching": False,
         "enforce_eager": environment.cpu,
+        **(shared if tensor_parallel > 1 else {}),
         **{key.removeprefix("--").replace("-", "_"): value for key, value in zip(needs[::2], needs[1::2], strict=True)},
     }
