@@ -67,9 +67,10 @@ def placed(model: M, memory: Mapping[torch.device, int], *, models: int = 1) -> 
     if models * size <= memory[first] or not others:
         return model.to(first)
     if importlib.util.find_spec("accelerate") is None:
-        what = f"{models} models of {_gib(size)}" if models > 1 else f"the model of {_gib(size)}"
+        if size <= memory[first]:  # as with a single GPU, more than one model is tried
+            return model.to(first)
         raise InputError(
-            f"{first} has {_gib(memory[first])}, which is too little for {what}; to spread layers over "
+            f"{first} has {_gib(memory[first])}, too little for the model of {_gib(size)}; to spread layers over "
             f'{len(memory)} GPUs, install the package accelerate: pip install "numprune[learn]"; or {_REMEDY}'
         )
     _move(model, memory)
