@@ -75,9 +75,10 @@ def _check_timings(recipe: Recipe, anatomy: Anatomy, options: PruneOptions, base
 
     Raises InputError if the blocks cannot be timed.
     """
-    target, asked, served, times = recipe.sizes(), recipe.timings, recipe.served(), dict[int, ScenarioTimes]()
+    times = dict[int, ScenarioTimes]()
     if recipe.prune.allowed.time is None:
         return times
+    target, asked, served = recipe.sizes(), recipe.timings, recipe.served()
     scenario = parse_time(recipe.prune.allowed.time)[1]
     for width in widths_of(anatomy, options):
         if asked.runtime == ROOFLINE:
