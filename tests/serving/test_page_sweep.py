@@ -25,6 +25,13 @@ def test_the_page_has_the_rule_every_candidate_and_its_links() -> None:
     assert not Parsed(text).named("script", "iframe", "object", "embed", "form")
 
 
+def test_a_circle_is_explained_if_a_candidate_is_chosen() -> None:
+    rows = swept(4)
+    legend = "The circle marks the chosen one."
+    assert legend in Parsed(page(rows)).text
+    assert legend not in Parsed(page([replace(row, chosen=False) for row in rows])).text
+
+
 def test_before_the_first_candidate_has_ended_there_is_no_chart() -> None:
     rows = [replace(row, point=None, on_front=False, link="", outcome="pending", chosen=False) for row in swept(3)]
     assert "No candidate has all figures yet." in Parsed(page(rows)).text

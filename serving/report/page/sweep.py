@@ -60,7 +60,9 @@ def _charts(axes: Axes, rows: Sequence[Row]) -> list[Block]:
     shown = [chart for chart in drawn if chart]
     if not shown:
         return [Text("No candidate has all figures yet.", "absent")]
-    legend = "Filled: on the front. Bars: 95 % intervals. Lines: the unpruned model. The circle marks the chosen one."
+    legend = "Filled: on the front. Bars: 95 % intervals. Lines: the unpruned model."
+    if any(row.chosen for row in rows):
+        legend += " The circle marks the chosen one."
     return [Text(RULE), Text(legend), Gallery(shown)]
 
 
