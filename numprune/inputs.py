@@ -14,6 +14,7 @@ from numprune.experts.inputs import Experts, Routed, Seen
 from numprune.experts.refit import Batch
 from numprune.hidden import EPSILON, norm_of
 from numprune.joint import Aims, fits_producer, refit_producer
+from numprune.layers import device_of
 from numprune.moments import Moments
 from numprune.readers import ReadMap, copy_readers, fit_read_map, has_biases, refit_readers
 from numprune.scores import Directions, ScoreMoments
@@ -106,7 +107,7 @@ class PropagatedInputs:
         blocks = [other for other in self._walker.layers.anatomy.of_layer(block.layer) if other.units]
         norm = layer.get_submodule(norm_of(blocks, block))
         self._unfitted = copy_readers(layer, block)
-        device, centred = consumer_weight(layer, block).device, has_biases(layer, block)
+        device, centred = device_of(layer, self._walker.layers.device), has_biases(layer, block)
         refit_readers(layer, block, kept, self._read_map(norm, block, device, kept, damping, centred=centred))
 
     def reduce_scores(self, layer: nn.Module, block: Block, kept: int, damping: float) -> None:
