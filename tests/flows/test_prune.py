@@ -178,5 +178,8 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     streamed, in_memory = map(int, ended.stdout.split())
-    assert streamed < size < in_memory / 2  # of the bfloat16 weights, which are computed with in float32
+    # The weights are stored in bfloat16 and computed with in float32: all of them would take 2 * size. Streaming keeps
+    # two layers; how much of that the peak of the small model already has depends on when its layers were read.
+    assert streamed < 1.5 * size
+    assert 2 * size < in_memory
     assert_same(tmp_path / "large-True", tmp_path / "large-False")
