@@ -45,7 +45,7 @@ class Case:
 
 
 def window_of(anatomy: Anatomy) -> int | None:
-    """Return the smallest attention window that is shorter than the context; None: there is none."""
+    """Return the smallest attention window that is shorter than the context, if the model has one."""
     blocks = anatomy.of_kind("attention")
     windows = [window for block in blocks if block.units and (window := anatomy.window_of(block)) is not None]
     return min((window for window in windows if window < anatomy.context), default=None)

@@ -28,6 +28,7 @@ from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.option_checks import beside_windows, known_results
 from numprune.options import PruneOptions, left_of
 from numprune.quantization import bytes_saved
+from numprune.recovery.options import COPIES
 from numprune.serving.report.words import COUNTED
 from numprune.spans import full_layers
 from numprune.tasks.codes import ImageCodes
@@ -36,7 +37,6 @@ from numprune.tasks.image_classification import ImageClassification
 R = TypeVar("R")
 
 _FLOAT32, _FLOAT64 = 4, 8
-_OF_TRAINING = 4  # copies of each weight: itself, its gradient and AdamW's two moments
 
 
 def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
@@ -212,11 +212,11 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     if prune.refine != "none":
         needed["refining"] = sum(block.channels**2 for block in anatomy.blocks) * _FLOAT64
     if run.recipe.learn.method != "none":
-        copies = 0 if run.recipe.learn.variant == "faster" else _OF_TRAINING
+        copies = 0 if run.recipe.learn.variant == "faster" else COPIES
         needed["learning"] = (1 + copies) * budget.parameters * _FLOAT32
     if run.recipe.recover.method != "none":
         pruned = budget.parameters - round(prune.ratio * budget.prunable_parameters)
-        copies = _OF_TRAINING if run.recipe.recover.train == "all" else 1  # lora and blocks train few of them
+        copies = COPIES if run.recipe.recover.train == "all" else 1  # lora and blocks train few of them
         needed["training"] = (budget.parameters + copies * pruned) * _FLOAT32
     return needed
 

@@ -23,8 +23,8 @@ M = TypeVar("M", bound=PreTrainedModel)
 
 _USABLE = 0.9  # of a GPU's memory, by models; the rest is for what they compute
 _REMEDY = (
-    "prune with --stream (prune.stream), which keeps two layers in memory at a time, or use more GPUs (processes of "
-    "torchrun have one each)"
+    "use more GPUs (processes of torchrun have one each); pruning with --stream (prune.stream) keeps only two layers "
+    "in memory"
 )
 
 

@@ -8,8 +8,8 @@ The shares of the peaks are what matrix products and copies usually reach, not m
 with its outputs rounded up to whole tiles, an attention with the keys that its tokens see. The bytes are the weights,
 quantized ones with their scales, read once, the keys and values, and what goes into and out of the block. Products of
 8-bit weights with 8-bit inputs have the peak of 8 bits. Devices that share a layer take as long as one of them with its
-part of the units. Starts of kernels and communication between
-devices are not counted, so small batches take longer than this says. No tensor library is needed.
+part of the units. Starts of kernels and communication between devices are not counted, so small batches take longer
+than this says. No tensor library is needed.
 """
 
 import math

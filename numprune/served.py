@@ -33,7 +33,7 @@ class Served:
 
     @property
     def quantization(self) -> str:
-        """The scheme in words; "none" if there is none."""
+        """The scheme in words, or "none"."""
         head = ", output matrix in 4 bits" if self.lm_head_bits == 4 else ""
         return f"{self.scheme}{head}" if self.scheme else "none"
 

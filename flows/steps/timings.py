@@ -155,12 +155,12 @@ def check_request(base: Path, asked: Request) -> None:
     used = runtime_of(base, asked.runtime, asked.served)
     check_served(pruned_config(config, anatomy) if asked.width else config, used, asked.served)
     if used.vllm:
-        _check_served(base, anatomy, used.vllm, asked, used.dtype)
+        _check_models_in_vllm(base, anatomy, used.vllm, asked, used.dtype)
     else:
         sizes_to_time(anatomy, asked.target, asked.sizes)
 
 
-def _check_served(base: Path, anatomy: Anatomy, found: Environment, asked: Request, dtype: str) -> None:
+def _check_models_in_vllm(base: Path, anatomy: Anatomy, found: Environment, asked: Request, dtype: str) -> None:
     """Raises InputError, MissingRuntime unless vLLM runs every model that is timed."""
     config = checkpoint.read_config(base)
     vllm.check_settings(config)

@@ -100,7 +100,7 @@ def dtypes_of(name: str, scheme: Scheme, scale_dtype: str) -> dict[str, str]:
     return {f"{path}weight_packed": "int32", f"{path}weight_scale": scale_dtype, f"{path}weight_shape": "int64"}
 
 
-def bytes_of(scheme: Scheme, shape: tuple[int, ...], scale_dtype: object) -> int:
+def bytes_of(scheme: Scheme, shape: tuple[int, ...], scale_dtype: "torch.dtype | str") -> int:
     """Return the bytes of `tensors_of` for a matrix of this shape (out, D); `scale_dtype`: torch's, or its name."""
     dtypes = dtypes_of("weight", scheme, name_of(scale_dtype))
     return sum(prod(part) * BYTES[dtypes[name]] for name, part in shapes_of("weight", scheme, shape).items())

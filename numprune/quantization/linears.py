@@ -55,7 +55,7 @@ def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: "torch.dtype") -> int:
     return sum(bytes_saved_in(block, scheme, dtype) for block in anatomy.blocks)
 
 
-def bytes_saved_in(block: Block, scheme: Scheme, dtype: object) -> int:
+def bytes_saved_in(block: Block, scheme: Scheme, dtype: "torch.dtype | str") -> int:
     """Return the bytes saved by quantizing a block's matrices; `dtype`: torch's, or its name."""
     shapes = block.tensors()
     matrices = [shapes[f"{path}.weight"] for found in projections(block) for path in found.paths]

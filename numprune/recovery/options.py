@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises
+COPIES = 4  # of each trained weight: itself, its gradient and AdamW's two moments
 RATE_TIMES_WIDTH = 0.128  # 5e-4 for a hidden size of 256
 FINAL = 0.1  # share of the learning rate at the last step
 MEASUREMENTS = 10  # of the selection rows, spread over the steps, besides the one before the first step

@@ -23,7 +23,7 @@ from numprune.placement import is_spread, place
 from numprune.progress import Progress
 from numprune.recovery.lora import Adapters
 from numprune.recovery.loss import Distillation
-from numprune.recovery.options import RecoveryOptions, RowOrder, learning_rate_factor, measured_after
+from numprune.recovery.options import COPIES, RecoveryOptions, RowOrder, learning_rate_factor, measured_after
 from numprune.recovery.prices import block_prices
 from numprune.recovery.rows import RecoveryRows
 from numprune.recovery.state import Position, TrainingState
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0  # of the gradient's norm
 _PRICED_ROWS = 8  # that blocks are chosen by
-_OF_TRAINING = 4  # copies of each weight: itself, its gradient and AdamW's two moments
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class _Training:
                 "batch size that they divide"
             )
         where = device if self._processes.num_processes == 1 else self._processes.device
-        copies = _OF_TRAINING if options.train == "all" else 1
+        copies = COPIES if options.train == "all" else 1
         self._model = model
         for one in (model, dense):
             if not is_spread(one):

@@ -114,7 +114,10 @@ def _thread_times() -> tuple[float, float]:
     ran_ns = waited_ns = 0
     for process in [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]:
         for file in Path(f"/proc/{process}/task").glob("*/schedstat"):
-            ran, waited, _ = file.read_text().split()
+            try:
+                ran, waited, _ = file.read_text().split()
+            except (FileNotFoundError, ProcessLookupError):  # a thread, or a child, that ended meanwhile
+                continue
             ran_ns, waited_ns = ran_ns + int(ran), waited_ns + int(waited)
     return ran_ns / 1e9, waited_ns / 1e9
 
