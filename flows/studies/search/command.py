@@ -53,6 +53,7 @@ from numprune.options import PruneOptions, sizes_allowed
 from numprune.pruning import dense_moments, prune
 from numprune.quality import compare
 from numprune.quantization.allocation import Form
+from numprune.refinement import MINUTES
 from numprune.search.divergence import Divergences
 from numprune.search.evolution import Found, search
 from numprune.search.refine import check_searchable, confirmed, parts, rounds
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=at_least(1), default=96, help="calibration rows (default %(default)s)")
     parser.add_argument("--sequence-length", type=at_least(2), default=128, help="tokens per row (default %(default)s)")
     parser.add_argument("--windows", type=at_least(1), default=128, help="held-out rows at most (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="time limit of each search (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of each search (default %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of search and agent (default %(default)s)")
     parser.add_argument("--out", type=out_folder, help="folder for search.md and search.json")
     return run("search", _study, parser.parse_args(argv))
@@ -190,7 +191,8 @@ class _Study:
         for tried in self._tried(options):
             forms = {name: Form(size, None) for name, size in tried.plan.items()}
             known = Known(None, self._gradients, forms)
-            pruned = prune(self._network, self._rows, replace(options, refine="none"), known, self._task)
+            unrefined = replace(options, refine="none", refine_minutes=MINUTES)
+            pruned = prune(self._network, self._rows, unrefined, known, self._task)
             lost = compare(pruned.model, self._network, self._heldout, self._task)
             change = None if knapsack is None else compare(pruned.model, knapsack, self._heldout, self._task)
             knapsack = knapsack or pruned.model

@@ -19,7 +19,20 @@ def test_a_line_for_each_method_at_the_same_parameters(tmp_path: Path, capsys: p
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{number} squared is {number**2}, halved {number / 2}.\n" for number in range(300)))
     base, out = write_checkpoint(build_tiny(), tmp_path / "base"), tmp_path / "out"
-    how = ("--ratios", "0.4", "--episodes", "12", "--samples", "16", "--sequence-length", "32", "--windows", "20")
+    how = (
+        "--ratios",
+        "0.4",
+        "--episodes",
+        "12",
+        "--samples",
+        "16",
+        "--sequence-length",
+        "32",
+        "--windows",
+        "20",
+        "--minutes",
+        "5",
+    )
     files = ("--calibration", text, "--heldout", text, "--out", out)
     assert command.main([str(word) for word in (base, *how, *files)]) == 0
     printed = capsys.readouterr().out
