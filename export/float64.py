@@ -55,6 +55,12 @@ def run(compute: Callable[[], Tensor]) -> Tensor:
         return compute().cpu()
 
 
-def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Return the logits (S, V) of one sequence (S,), float64 on the CPU, for a model prepared by `in_float64`."""
-    return run(lambda: model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0])
+def logits(model: PreTrainedModel, tokens: Tensor, first: int = 0) -> Tensor:
+    """Return the logits (S - first, V) of one sequence (S,), float64 on the CPU, for a model made by `in_float64`.
+
+    `first`: position from which on they are computed; those of a long prompt can exceed memory.
+    """
+    kept = len(tokens) - first
+    return run(
+        lambda: model(input_ids=tokens[None].to(model.device), use_cache=False, logits_to_keep=kept).logits[0],
+    )

@@ -45,6 +45,7 @@ def test_float32_differs_only_by_rounding_and_weights_are_unchanged(tiny_model: 
     float64.in_float64(model)
     first, second = (float64.logits(model, TOKENS) for _ in range(2))
     assert first.equal(second)
+    torch.testing.assert_close(float64.logits(model, TOKENS, 37), first[37:], rtol=1e-12, atol=1e-12)
     assert 0 < float((single - first).abs().max()) < 1e-4
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
