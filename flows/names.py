@@ -35,6 +35,7 @@ Scheme = Literal["fp8", "w8a8", "w4a16"]
 QuantizedTo = Literal["none", "mixed", "fp8", "w8a8", "w4a16"]  # mixed: a scheme for each block
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 128  # by default
+TIMED_SIZES, MOST_TIMED_SIZES = 16, 64  # of each kind of block: by default, and at most
 LM_HEAD_BITS = (4, 8)
 QuantizationMethod = Literal["gptq", "rtn"]
 ExportFormat = Literal["vllm", "onnx", "onnxruntime", "tensorrt"]

@@ -14,9 +14,11 @@ from numprune.flows.names import (
     DEFAULT_AXES,
     LEARNING_RATE,
     LEARNING_TOKENS,
+    MOST_TIMED_SIZES,
     ROOFLINE,
     SEQUENCE_LENGTH,
     TASKS_OWN,
+    TIMED_SIZES,
     Allocation,
     Axis,
     Basis,
@@ -182,7 +184,7 @@ class BlockTimings(Section):
     device: str = ""
     peak_tflops: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     bandwidth_gb_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    sizes: Annotated[int, Field(ge=2, le=12)] = 8
+    sizes: Annotated[int, Field(ge=2, le=MOST_TIMED_SIZES)] = TIMED_SIZES
     visits: Annotated[int, Field(ge=3, lt=2**31)] = 5
     seed: Seed = 0
 

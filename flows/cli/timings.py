@@ -25,7 +25,7 @@ from numprune.roofline import DEVICES, peaks_of
 if TYPE_CHECKING:
     from numprune.timings import ScenarioTimes, TimingTable
 
-_SIZES, _MOST_SIZES, _VISITS = 8, 12, 5
+_VISITS = 5
 
 
 def add(commands: Subcommands) -> None:
@@ -79,10 +79,10 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--sizes",
         type=_sizes,
-        default=_SIZES,
+        default=names.TIMED_SIZES,
         metavar="N",
-        help=f"sizes of each kind of block, 2 to {_MOST_SIZES}; pruning to a budget of time chooses among them "
-        f"(default: {_SIZES})",
+        help=f"sizes of each kind of block, 2 to {names.MOST_TIMED_SIZES}; a budget of time chooses among them, "
+        f"so more give a better model (default: {names.TIMED_SIZES})",
     )
     parser.add_argument(
         "--align", type=at_least(1), default=8, metavar="N", help="intermediate sizes are multiples of N (default: 8)"
@@ -130,8 +130,8 @@ def add(commands: Subcommands) -> None:
 
 def _sizes(text: str) -> int:
     value = int(text)
-    if not 2 <= value <= _MOST_SIZES:
-        raise argparse.ArgumentTypeError(f"{value} must be from 2 to {_MOST_SIZES}")
+    if not 2 <= value <= names.MOST_TIMED_SIZES:
+        raise argparse.ArgumentTypeError(f"{value} must be from 2 to {names.MOST_TIMED_SIZES}")
     return value
 
 

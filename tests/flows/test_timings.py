@@ -144,7 +144,7 @@ def test_the_command_writes_a_table(
         (("--scenario", FORWARD), "for the task causal-lm it must be decode,b=BATCH,ctx=TOKENS or prefill"),
         (("--scenario", DECODE, DECODE), "the same scenario is given twice"),
         (("--scenario", "decode,b=1,ctx=99999"), "needs 100009 positions, and the model has 256"),
-        (("--scenario", DECODE, "--sizes", 13), "13 must be from 2 to 12"),
+        (("--scenario", DECODE, "--sizes", 65), "65 must be from 2 to 64"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(
