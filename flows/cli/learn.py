@@ -24,7 +24,7 @@ from numprune.flows.cli.parser import (
     rate,
     reading,
 )
-from numprune.flows.cli.prune import add_limits, options_within_budget
+from numprune.flows.cli.pruning_options import add_limits, options_within_budget
 
 _GIVEN = (  # arguments that are options of pruning
     "ratio",

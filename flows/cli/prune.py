@@ -1,11 +1,9 @@
 """numprune prune: prune a model, only plan it, or follow a plan."""
 
 import argparse
-import dataclasses
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from numprune.counted import numbered_layers
 from numprune.errors import InputError
@@ -25,7 +23,7 @@ from numprune.flows.cli.parser import (
     reading,
 )
 from numprune.flows.cli.planned import latency_lines, planned_answer
-from numprune.refinement import MINUTES
+from numprune.flows.cli.pruning_options import DEFAULTS, add_limits, add_number, options_within_budget
 
 if TYPE_CHECKING:
     from numprune.flows.steps.results import PrunedCheckpoint
@@ -33,28 +31,6 @@ if TYPE_CHECKING:
     from numprune.plans import Plan
     from numprune.serving.report import LatencyBudget
 
-# Defaults of `prune` without an option or a plan.
-_DEFAULTS: dict[str, Any] = {
-    "criterion": "obs",
-    "allocation": "uniform",
-    "compensation": "joint",
-    "align": 8,
-    "tensor_parallel": 1,
-    "quantization_group": 1,
-    "axes": names.DEFAULT_AXES,
-    "keep": [],
-    "floor": [],
-    "skips": False,
-    "drop_layers": [],
-    "drop_blocks": 0,
-    "window": None,
-    "window_layers": 0,
-    "refine": "none",
-    "refine_minutes": MINUTES,
-    "hidden_size": [],
-    "basis": "fisher",
-    "seed": 0,
-}
 _SAMPLES = 128
 
 
@@ -119,7 +95,7 @@ def add(commands: Subcommands) -> None:
             f"--{option}",
             choices=get_args(choices),
             metavar=option.upper(),
-            help=f"{help_text}; one of {', '.join(get_args(choices))} (default: {_DEFAULTS[option]})",
+            help=f"{help_text}; one of {', '.join(get_args(choices))} (default: {DEFAULTS[option]})",
         )
     parser.add_argument(
         "--plan-only",
@@ -149,7 +125,7 @@ def add(commands: Subcommands) -> None:
         help="whole layers to drop, the cheapest ones; units make up the rest; several numbers are candidates beside 0 "
         "(default: 0)",
     )
-    _add_number(
+    add_number(
         parser, "drop_blocks", 0, "attention blocks and MLPs to drop, likewise, with --allocation error or global"
     )
     parser.add_argument(
@@ -159,19 +135,19 @@ def add(commands: Subcommands) -> None:
         help="tokens that some layers see, those in which this costs least: --window-layers of them, or as many as a "
         "--budget like kv=8MiB@ctx=4096 needs; rows of the text must be longer (default: as many as before)",
     )
-    _add_number(parser, "window_layers", 1, "with --window: layers that get the window")
+    add_number(parser, "window_layers", 1, "with --window: layers that get the window")
     parser.add_argument(
         "--refine",
         choices=get_args(names.Refine),
         metavar="METHOD",
         help="with --allocation error or --budget: search makes the sizes fit better, at the same ratio or budget, by "
-        f"measuring plans; one of {', '.join(get_args(names.Refine))} (default: {_DEFAULTS['refine']})",
+        f"measuring plans; one of {', '.join(get_args(names.Refine))} (default: {DEFAULTS['refine']})",
     )
     parser.add_argument(
         "--refine-minutes",
         type=float,
         metavar="M",
-        help=f"time limit of --refine search in minutes (default: {_DEFAULTS['refine_minutes']:g})",
+        help=f"time limit of --refine search in minutes (default: {DEFAULTS['refine_minutes']:g})",
     )
     parser.add_argument(
         "--hidden-size",
@@ -187,70 +163,14 @@ def add(commands: Subcommands) -> None:
         choices=get_args(names.Basis),
         metavar="BASIS",
         help="what a smaller hidden size keeps: fisher, rotated directions, with an output matrix separate from the "
-        f"embedding, or coordinates (default: {_DEFAULTS['basis']})",
+        f"embedding, or coordinates (default: {DEFAULTS['basis']})",
     )
-    _add_number(parser, "seed", 0, "seed of every random draw")
+    add_number(parser, "seed", 0, "seed of every random draw")
     parser.add_argument(
         "--stream",
         action="store_true",
         help="keep only a layer and the next one in memory, for models larger than memory (default: the whole model)",
     )
-
-
-def add_limits(parser: argparse.ArgumentParser, axes: Sequence[str], default: Sequence[str]) -> None:
-    """Add the options that say which sizes the result may have. Those that are not given are None."""
-    for name, help_text in (
-        ("align", "intermediate sizes are multiples of N channels"),
-        ("tensor_parallel", "GPUs that will share each layer"),
-        ("quantization_group", "channels that will share a quantization scale"),
-    ):
-        _add_number(parser, name, 1, help_text)
-    parser.add_argument(
-        "--axes",
-        nargs="+",
-        action="extend",
-        choices=axes,
-        metavar="AXIS",
-        help=f"what may be pruned: {', '.join(axes)}; may be repeated (default: {' '.join(default)})",
-    )
-    parser.add_argument(
-        "--keep",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="what to protect: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp); "
-        "may be repeated (default: nothing)",
-    )
-    parser.add_argument(
-        "--floor",
-        type=_floor,
-        action="append",
-        metavar="KIND=SHARE",
-        help="minimum share that each block of a kind keeps, like attention=0.5; may be repeated, for each kind "
-        "(default: none)",
-    )
-    parser.add_argument(
-        "--skips",
-        action="store_const",
-        const=True,
-        help="with --allocation error or global: allow removing whole blocks (default: each keeps a unit)",
-    )
-
-
-def _add_number(parser: argparse.ArgumentParser, name: str, least: int, help_text: str) -> None:
-    """Add an integer option of pruning."""
-    option = f"--{name.replace('_', '-')}"
-    parser.add_argument(option, type=at_least(least), metavar="N", help=f"{help_text} (default: {_DEFAULTS[name]})")
-
-
-def _floor(text: str) -> tuple[str, float]:
-    kind, sign, share = text.partition("=")
-    try:
-        if sign:
-            return kind, float(share)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} must be KIND=SHARE, like attention=0.5")
 
 
 def prune(args: argparse.Namespace) -> Answer:
@@ -376,7 +296,7 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
     from numprune.options import options_of
     from numprune.plans import read_plan
 
-    asked = ("ratio", "budget", "scheme", "lm_head_bits", "dtype", "timings", *_DEFAULTS)
+    asked = ("ratio", "budget", "scheme", "lm_head_bits", "dtype", "timings", *DEFAULTS)
     given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     if args.plan is None:
         return options_within_budget({"ratio": 0.0, **given}, base), None
@@ -387,64 +307,3 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
         raise InputError(f"--plan has its own options; omit {options}, or edit the plan")
     plan = read_plan(args.plan)
     return options_of(plan), plan
-
-
-def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions":
-    """Return the options for the model in `base`, as `options_of_arguments`, within the --budget if there is one.
-
-    `given`: also --budget, --scheme, --lm-head-bits, --dtype and --timings. Raises InputError.
-    """
-    from numprune.budget_texts import parse_budgets
-    from numprune.flows.steps.prune import byte_budget, kv_budget, sequence_budget
-    from numprune.flows.steps.timed_prune import time_budget
-    from numprune.served import served_as
-    from numprune.timings import read_timings
-
-    rest = dict(given)
-    budgets, scheme, bits, dtype, tables = (
-        rest.pop(name, None) for name in ("budget", "scheme", "lm_head_bits", "dtype", "timings")
-    )
-    asked = parse_budgets(budgets or [])
-    if (asked.time is not None) != (tables is not None):
-        raise InputError(
-            f"--budget {asked.time}: a time needs --timings TABLE; make the table with numprune timings"
-            if asked.time
-            else "--timings is for a --budget of time, like 20ms@decode,b=8,ctx=2048; leave it out"
-        )
-    if scheme and asked.bytes is None and asked.time is None:
-        raise InputError(
-            "--scheme is counted in a --budget of bytes or time; leave it out, and give it to numprune quantize"
-        )
-    for option, value in (("--lm-head-bits", bits), ("--dtype", dtype)):
-        if value is not None and tables is None:
-            raise InputError(f"{option} {value} has an effect only with --timings; leave it out")
-    if asked.bytes is not None and dtype not in (None, "auto"):
-        raise InputError(f"--dtype {dtype}: a --budget of bytes counts the weights as they are stored; leave it out")
-    if not budgets:
-        return options_of_arguments(rest)
-    divided = {} if asked.sizes_by_ratio else {"allocation": "error"}
-    chosen, scheme = options_of_arguments({"ratio": 0.0, **divided, **rest}), scheme or "none"
-    timed = None
-    if asked.time is not None and tables is not None:
-        served = served_as(scheme, chosen.target, bits or 8, dtype or "auto")
-        timed = time_budget(base, asked.time, [read_timings(table) for table in tables], chosen, served)
-    return dataclasses.replace(
-        chosen,
-        budget=None if asked.bytes is None else byte_budget(base, asked.bytes, scheme),
-        time_budget=timed,
-        kv_budget=None if asked.kv is None else kv_budget(base, asked.kv),
-        sequence_budget=None if asked.sequence is None else sequence_budget(base, asked.sequence),
-    )
-
-
-def options_of_arguments(given: Mapping[str, Any]) -> "PruneOptions":
-    """Return the options of pruning that were given by the names of their arguments, the others by default."""
-    from numprune.options import PruneOptions
-    from numprune.shape import shape_fields
-    from numprune.target import Target
-
-    chosen = _DEFAULTS | dict(given)
-    target = Target(**{name: chosen.pop(name) for name in ("align", "tensor_parallel", "quantization_group")})
-    floors = dict(chosen.pop("floor"))
-    shape = shape_fields(chosen.pop("hidden_size"), chosen.pop("drop_layers"))
-    return PruneOptions(**chosen, **shape, target=target, floors=floors)
