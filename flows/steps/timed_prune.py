@@ -227,12 +227,7 @@ def _measured(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch
 
 def _benchmarked(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch: Path) -> dict[str, list[float]]:
     """Return the milliseconds of each side in every repeat of a benchmark; `scratch`: a folder for their exports."""
-    folders = dict(sides)
-    export_format = exported_as(runtime.name, [*sides.values()], runtime.dtype)
-    for side, source in sides.items() if export_format else ():
-        assert export_format is not None
-        folders[side] = scratch / side
-        export(source, folders[side], export_format, dtype=runtime.dtype)
+    folders = opened_by(runtime, sides, scratch)
     found = run_benchmark(
         folders["candidate"],
         folders["baseline"],
@@ -245,6 +240,16 @@ def _benchmarked(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scra
         raise EnvironmentInvalid(f"{'; '.join(found['environment']['reasons'])}; {QUIET}")
     metric = _METRICS[timed.phase]
     return {side: [value for value in found["speed"][side]["by_repeat"][metric] if value is not None] for side in sides}
+
+
+def opened_by(runtime: Runtime, sides: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
+    """Return the checkpoints in the form that the runtime opens: as they are, or exported to `scratch`."""
+    export_format = None if runtime.vllm else exported_as(runtime.name, [*sides.values()], runtime.dtype)
+    if export_format is None:
+        return dict(sides)
+    for side, source in sides.items():
+        export(source, scratch / side, export_format, dtype=runtime.dtype)
+    return {side: scratch / side for side in sides}
 
 
 def _reported(time: Time) -> Milliseconds:
