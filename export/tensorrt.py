@@ -57,11 +57,7 @@ def export(
             f"max_batch={max_batch}, max_length={max_length}, workspace_gib={workspace_gib}: need at least 1, 2 and "
             "more than 0"
         )
-    if not load_task(source).prompted:
-        raise InputError(
-            f"{source}: engines can only be built for language models; export other models with --to onnx, for ONNX "
-            "Runtime"
-        )
+    check_model(source)
     trt = require()
     facts: dict[str, JsonValue] = {
         "tensorrt": trt.__version__,
@@ -80,6 +76,15 @@ def export(
         _build(trt, graph / onnx.MODEL_FILE, folder, max_batch, max_length, workspace_gib, timing_cache)
         (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     return manifest.read(out)
+
+
+def check_model(source: Path) -> None:
+    """Raises InputError unless the checkpoint `source` is of a language model."""
+    if not load_task(source).prompted:
+        raise InputError(
+            f"{source}: engines can only be built for language models; export other models with --to onnx, for ONNX "
+            "Runtime"
+        )
 
 
 def require() -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from numprune.flows.names import RUNTIME_OF_EXPORT
+from numprune.flows.names import ENGINE_BATCH, ENGINE_LENGTH, RUNTIME_OF_EXPORT
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Stage, StageResult
 from numprune.flows.steps.bodies.evaluation import make_baseline, make_benchmark, make_quality, make_task_answers
@@ -71,8 +71,8 @@ def export(run: Run, export_format: str, source: Artifact, side: str) -> Stage[E
             make_tensorrt,
             source=source,
             # An engine is built for sizes up to these and for one kind of GPU.
-            max_batch=max(8, load.batch_size),
-            max_length=max(1024, load.prompt_length + load.output_length),
+            max_batch=max(ENGINE_BATCH, load.batch_size),
+            max_length=max(ENGINE_LENGTH, load.prompt_length + load.output_length),
             dtype=run.precision[RUNTIME_OF_EXPORT[export_format]],
             machine=run.machine,
         )

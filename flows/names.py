@@ -54,6 +54,7 @@ RUNTIME_OF_EXPORT: dict[str, str] = {
     "onnxruntime": "onnxruntime",
     "tensorrt": "tensorrt",
 }
+ENGINE_BATCH, ENGINE_LENGTH = 8, 1024  # engines of TensorRT run at least these
 # The exports that a runtime can run, fastest first; torch runs the checkpoint.
 EXPORTS_OF_RUNTIME: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime", "onnx"),
@@ -65,7 +66,7 @@ SEQUENCE_LENGTH = 512
 TRAINING, TRAINING_LOCK = ".training-", "lock"
 TIMINGS = ".timings-"  # the same for a measurement of latencies
 ROOFLINE: Literal["roofline"] = "roofline"  # the times of blocks are estimated
-TimedRuntime = Literal["torch", "onnxruntime", "vllm"]  # in which single blocks are timed
+TimedRuntime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]  # in which single blocks are timed
 Scheduler = Literal["threads", "dask", "ray"]  # of a sweep's candidates
 Objective = Literal["fastest", "smallest", "best-quality"]  # by which a sweep chooses
 CAUSAL_LM = "causal-lm"  # the task of decoders

@@ -90,7 +90,7 @@ class Key(_Part):
         shape: of the model's layers.
     """
 
-    runtime: Annotated[str, Field(pattern=r"^(torch|onnxruntime|vllm|roofline)$")]
+    runtime: Annotated[str, Field(pattern=r"^(torch|onnxruntime|tensorrt|vllm|roofline)$")]
     versions: dict[str, str]
     implementation: Literal["plug-in", "stock"] | None = None
     device: str

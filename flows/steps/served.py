@@ -3,6 +3,7 @@
 Values do not change latencies. GPTQ, which needs a text, comes later.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.export import genai
 from numprune.export.vllm import check_quantized
+from numprune.flows.names import ENGINE_BATCH, ENGINE_LENGTH
+from numprune.flows.steps.benchmark import exported_as
+from numprune.flows.steps.export import export
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.quantization import check_quantizable
 from numprune.served import Served
-from numprune.serving.benchmark.visits import Runtime
+from numprune.serving.benchmark.load import Load
+from numprune.serving.benchmark.visits import Runtime, Timed
 from numprune.target import not_split
 
 
@@ -34,6 +39,11 @@ def check_served(config: Any, used: Runtime, served: Served) -> None:
     if used.name == "torch":
         raise InputError(
             f"timings: torch dequantizes weights, so {scheme} has no latency there; choose onnxruntime or vllm"
+        )
+    if used.name == "tensorrt":
+        raise InputError(
+            f"timings: engines are built only from unquantized checkpoints, so not in {scheme}; choose onnxruntime or "
+            "vllm"
         )
     if used.vllm is None:
         genai.check_config(config)
@@ -66,3 +76,22 @@ def as_served(source: Path, out: Path, served: Served) -> Path:
         return source
     quantize_checkpoint(source, served.scheme, out, torch.device("cpu"), lm_head_bits=served.lm_head_bits)
     return out
+
+
+def opened_by(runtime: Runtime, sides: Mapping[str, Path], scratch: Path, timed: Iterable[Timed]) -> dict[str, Path]:
+    """Return the checkpoints in the form that the runtime opens: as they are, or exported to `scratch` to be `timed`.
+
+    Raises what the exporter raises.
+    """
+    # vLLM loads checkpoints in any precision.
+    export_format = None if runtime.vllm else exported_as(runtime.name, [*sides.values()], runtime.dtype)
+    if export_format is None:
+        return dict(sides)
+    engine = {}
+    if export_format == "tensorrt":
+        loads = [load for one in timed if isinstance(load := one.load(), Load)]
+        engine["max_batch"] = max(ENGINE_BATCH, *(load.batch_size for load in loads))
+        engine["max_length"] = max(ENGINE_LENGTH, *(load.positions for load in loads))
+    for side, source in sides.items():
+        export(source, scratch / side, export_format, dtype=runtime.dtype, **engine)
+    return {side: scratch / side for side in sides}

@@ -15,15 +15,25 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.configs import pruned_config
 from numprune.errors import EnvironmentInvalid, InputError, MissingRuntime
-from numprune.export import checkpoint, compressed_tensors, disk, manifest, precision, processors, random_weights, vllm
+from numprune.export import (
+    checkpoint,
+    compressed_tensors,
+    disk,
+    manifest,
+    precision,
+    processors,
+    random_weights,
+    tensorrt,
+    vllm,
+)
 from numprune.export.runtimes import device_of
 from numprune.families import FAMILIES
 from numprune.flows.names import CAUSAL_LM, TIMINGS
 from numprune.flows.sections import BlockTimings
 from numprune.flows.stages import code_version
-from numprune.flows.steps.benchmark import encoder_load, exported_as
-from numprune.flows.steps.export import export, precision_of
-from numprune.flows.steps.served import as_served, check_served
+from numprune.flows.steps.benchmark import encoder_load
+from numprune.flows.steps.export import precision_of
+from numprune.flows.steps.served import as_served, check_served, opened_by
 from numprune.flows.steps.training import alone_in
 from numprune.hidden import Width
 from numprune.progress import Progress, progress
@@ -51,7 +61,11 @@ from numprune.timed_models import TimedModel, TimedModels, Weights, check_measur
 from numprune.timings import BlockTime, Key, ScenarioTimes, Time, TimingTable, anatomy_at, shape_of, sizes_to_time
 
 _ANCHORS = 3  # visits of the largest model at the start and at the end of a run
-_PACKAGES = {"torch": ("torch", "transformers"), "onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
+_PACKAGES = {
+    "torch": ("torch", "transformers"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt",),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class Request:
     """What to measure.
 
     Attributes:
-        runtime: "torch", "onnxruntime" or "vllm".
+        runtime: "torch", "onnxruntime", "tensorrt" or "vllm".
         scenarios: to time each block in.
         target: of the pruned model; sizes it does not support are not measured.
         sizes: of each kind of block.
@@ -111,6 +125,8 @@ def runtime_of(base: Path, name: str, served: Served = AS_STORED) -> Runtime:
 
     Raises InputError, MissingRuntime.
     """
+    if name == "tensorrt":
+        tensorrt.require()
     found = environment.find() if name == "vllm" else None
     device = device_of(name) if found is None else "cpu" if found.cpu else "cuda"
     return Runtime(name, device, precision_of(base, name, served.dtype), found, served.tensor_parallel)
@@ -139,7 +155,7 @@ def _device_name(used: Runtime) -> str:
 def check_request(base: Path, asked: Request) -> None:
     """Refuse a request that `measure` does not support. Raises InputError, MissingRuntime."""
     compressed_tensors.refuse_quantized(base, "timing of blocks")
-    if asked.runtime != "vllm" and not package_versions(_PACKAGES[asked.runtime]):
+    if asked.runtime in ("torch", "onnxruntime") and not package_versions(_PACKAGES[asked.runtime]):
         raise MissingRuntime(
             f'runtime {asked.runtime} is not installed; pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"'
         )
@@ -148,6 +164,8 @@ def check_request(base: Path, asked: Request) -> None:
     check_measurable(anatomy)
     if anatomy.task != CAUSAL_LM:
         encoder_load(anatomy, asked.runtime, {})
+    if asked.runtime == "tensorrt":
+        tensorrt.check_model(base)
     for scenario in asked.scenarios:
         load = timed_in(scenario, anatomy).load()
         extra = ahead(load) if asked.runtime == "vllm" and isinstance(load, Load) else 0
@@ -263,12 +281,8 @@ class _Run:
         with _temporary(folder) as scratch:
             random_weights.write_random(scratch / "random", self._config(model), self.base, dtype, self.asked.seed)
             source = as_served(scratch / "random", scratch / "quantized", self.asked.served)
-            # vLLM loads the checkpoint, whose weights have this precision already.
-            export_format = exported_as(self.runtime.name, [source], self.key.dtype) if not self.runtime.vllm else None
-            if export_format is None:
-                source.rename(folder)
-            else:
-                export(source, folder, export_format, dtype=self.key.dtype)
+            timed = [timed_in(scenario, self.anatomy) for scenario in self.asked.scenarios]
+            opened_by(self.runtime, {"exported": source}, scratch, timed)["exported"].rename(folder)
 
     def _place(self, model: TimedModel) -> Path:
         return self.folder / "models" / model.name

@@ -33,8 +33,9 @@ from numprune.flows.cli.parser import at_least
 from numprune.flows.names import EMBEDDED
 from numprune.flows.steps.models import model_folder, model_name
 from numprune.flows.steps.prune import device_of, prune_checkpoint
+from numprune.flows.steps.served import opened_by
 from numprune.flows.steps.text import calibration_rows, text_rows
-from numprune.flows.steps.timed_prune import opened_by, prune_within_time, time_budget
+from numprune.flows.steps.timed_prune import prune_within_time, time_budget
 from numprune.flows.steps.timings import runtime_of, timed_in
 from numprune.flows.studies.arguments import (
     add_heldout,
@@ -275,7 +276,7 @@ class _Study:
         # Names of models are no names of files.
         folders = {_DENSE: self.base, **{model.folder.name: model.folder for model in models}}
         (exports := scratch / "exports").mkdir()
-        found = in_turn(runtime, opened_by(runtime, folders, exports), timed, visits)
+        found = in_turn(runtime, opened_by(runtime, folders, exports, [timed]), timed, visits)
         return {_DENSE: found[_DENSE], **{model.name: found[model.folder.name] for model in models}}
 
 

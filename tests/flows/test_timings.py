@@ -1,25 +1,29 @@
 # ruff: noqa: F811 - fixtures of another file
 """numprune timings: tables of what blocks take."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from numprune.anatomy import read_anatomy
-from numprune.errors import DiskError, EnvironmentInvalid
-from numprune.export import checkpoint, disk, locks
+from numprune.errors import DiskError, EnvironmentInvalid, InputError
+from numprune.export import checkpoint, disk, locks, tensorrt
 from numprune.flows.candidate import time_blocks
 from numprune.flows.names import TIMINGS, TRAINING_LOCK
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.stages import place_of
-from numprune.flows.steps import timings
-from numprune.flows.steps.timings import key_of, measure
+from numprune.flows.steps import served, timings
+from numprune.flows.steps.timings import check_request, key_of, measure
 from numprune.hidden import Width, narrowed
 from numprune.scenario import parse_scenario
+from numprune.served import served_as
+from numprune.target import Target
 from numprune.time_budget import TimeBudget
 from numprune.timings import read_timings, shape_of
 from tests.conftest import build_tiny, write_checkpoint
@@ -177,6 +181,47 @@ def test_encoders_experts_and_windows_are_timed(
     assert predicted == pytest.approx(latency(model.config))
     assert table.key.shape.task == read_anatomy(model.config).task
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is here")
+def test_without_tensorrt_the_error_names_the_package(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    command = ("timings", inputs / "base", "--runtime", "tensorrt", "--scenario", DECODE)
+    answered = numprune(*command, "--out", tmp_path / "table.json")
+    assert answered.code == 1
+    assert "pip install 'numprune[tensorrt]'" in answered.err
+
+
+def test_engines_are_built_for_what_is_timed(
+    inputs: Path, tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for TensorRT and a GPU, which are not here: engines are folders with the configuration."""
+    built: list[dict[str, Any]] = []
+
+    def engine(source: Path, out: Path, export_format: str, **options: Any) -> None:
+        assert export_format == "tensorrt"
+        built.append(options)
+        out.mkdir()
+        (out / "config.json").write_bytes((source / "config.json").read_bytes())
+
+    monkeypatch.setattr(tensorrt, "require", lambda: None)
+    monkeypatch.setattr(served, "export", engine)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(timings, "check_state", lambda *_: None)
+    scenarios = [parse_scenario("decode,b=16,ctx=16"), parse_scenario("prefill,b=2,len=32")]
+    table = measure(inputs / "base", asked(runtime="tensorrt", scenarios=scenarios), tmp_path)
+    assert (table.key.runtime, table.key.device) == ("tensorrt", "a GPU")
+    assert table.times("decode,b=16,ctx=16").around.ms == pytest.approx(AROUND_MS)
+    assert built
+    assert all(options == {"dtype": "float32", "max_batch": 16, "max_length": 1024} for options in built)
+    quantized = asked(runtime="tensorrt", served=served_as("w8a8", Target()))
+    with pytest.raises(InputError, match="engines are built only from unquantized checkpoints, so not in w8a8"):
+        check_request(inputs / "base", quantized)
+
+
+def test_engines_of_other_models_are_refused(tmp_path: Path) -> None:
+    base = write_checkpoint(build_tiny("llamagen"), tmp_path / "base")
+    with pytest.raises(InputError, match="engines can only be built for language models"):
+        check_request(base, asked(runtime="tensorrt"))
 
 
 @pytest.mark.slow
