@@ -139,7 +139,7 @@ def time_blocks(run: Run, width: Width | None) -> Stage[TimingTable]:
         make_timings,
         # Blocks of equal sizes take the same time whatever their weights are.
         model=Text(str(run.base.path), sha256_file(run.base.path / CONFIG)),
-        scenario=str(parse_time(run.recipe.prune.allowed.time)[1]),
+        scenario=str(parse_time(run.recipe.prune.allowed.time).scenario),
         asked=run.recipe.timings,
         target=run.recipe.sizes(),
         served=run.recipe.served(),

@@ -119,11 +119,11 @@ class Prune(Section):
     model's own are added.
 
     `budget`, in the place of `ratio`, which is 0 then: bytes that the released weights may take, as "6GiB", where
-    `quantize.scheme` determines how blocks may be stored; the time of one step, as "20ms@decode,b=8,ctx=2048", by the
-    latencies that `timings` describes; the bytes of KV cache of a token, as "kv=64KiB/token"; or a list of these. The
-    allocation "error" divides it. `refine` "search" starts from its sizes. The bytes of KV cache of a sequence, as
-    "kv=8MiB@ctx=4096", are kept by windows instead: `window` tokens, or 0, in as many layers as it needs, or in
-    `window_layers`.
+    `quantize.scheme` determines how blocks may be stored; the time of one step, as "20ms@decode,b=8,ctx=2048" or
+    "1.3x@decode,b=8,ctx=2048", by the latencies that `timings` describes; the bytes of KV cache of a token, as
+    "kv=64KiB/token"; or a list of these. The allocation "error" divides it. `refine` "search" starts from its sizes.
+    The bytes of KV cache of a sequence, as "kv=8MiB@ctx=4096", are kept by windows instead: `window` tokens, or 0, in
+    as many layers as it needs, or in `window_layers`.
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3

@@ -35,7 +35,7 @@ class Asked:
 
 
 def parse_budgets(texts: Sequence[str]) -> Asked:
-    """Return the limits of budgets like "6GiB", "20ms@decode,b=8,ctx=2048", "kv=64KiB/token", "kv=8MiB@ctx=4096".
+    """Return the limits of budgets as "6GiB", "20ms@decode,b=8,ctx=2048", "kv=64KiB/token" and "kv=8MiB@ctx=4096".
 
     Raises:
         InputError: a budget has another form, or two limit the same quantity.

@@ -15,7 +15,7 @@ RULE_OF_TEXTS, RULE_OF_IMAGES = "forward,b=BATCH,len=TOKENS", "forward,b=BATCH"
 _RULES = f"{RULE}; for encoders {RULE_OF_TEXTS}, or {RULE_OF_IMAGES} for images"
 _SCENARIO = re.compile(r"(decode|prefill|forward),b=(\d{1,6})(?:,(ctx|len)=(\d{1,9}))?")
 _LENGTH: dict[str, tuple[str | None, ...]] = {"decode": ("ctx",), "prefill": ("len",), "forward": ("len", None)}
-_TIME = re.compile(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})\s*(us|ms|s|tok/s)@(.*)")
+_TIME = re.compile(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})\s*(us|ms|s|tok/s|x)@(.*)")
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -44,6 +44,15 @@ class Scenario:
         if self.tokens is None:
             raise InputError(f"budget in tok/s@{self}: images have no tokens; give a time")
         return self.batch if self.phase == "decode" else self.batch * self.tokens
+
+
+@dataclass(frozen=True)
+class StepLimit:
+    """The limit of one step: `ms` milliseconds, or None: the unpruned model's latency divided by `speedup`."""
+
+    scenario: Scenario
+    ms: float | None
+    speedup: float | None = None
 
 
 def parse_scenario(text: str) -> Scenario:
@@ -75,8 +84,8 @@ def is_time(text: str) -> bool:
     return "@" in text
 
 
-def parse_time(text: str) -> tuple[float, Scenario]:
-    """Return the milliseconds of one step that a budget like "20ms@decode,b=8,ctx=2048" allows, and its scenario.
+def parse_time(text: str) -> StepLimit:
+    """Return what a budget like "20ms@decode,b=8,ctx=2048" or "1.3x@decode,b=8,ctx=2048" allows.
 
     A throughput, like "1500tok/s@decode,b=8,ctx=2048", counts the tokens of all rows.
 
@@ -85,7 +94,14 @@ def parse_time(text: str) -> tuple[float, Scenario]:
     """
     found = _TIME.fullmatch(text.strip())
     if found is None or not float(found[1]):
-        raise InputError(f"budget is {text[:80]!r}; it must be a time or throughput over 0 like 20ms@{_RULES}")
+        raise InputError(
+            f"budget is {text[:80]!r}; it must be a time, throughput or speedup over 0, like 20ms, 1500tok/s or 1.3x, "
+            f"with @{_RULES}"
+        )
     scenario = parse_scenario(found[3])
-    amount = float(found[1])
-    return 1e3 * scenario.tokens_per_step / amount if found[2] == "tok/s" else amount * _MS[found[2]], scenario
+    amount, unit = float(found[1]), found[2]
+    if unit == "x":
+        if amount <= 1:
+            raise InputError(f"budget is {text[:80]!r}; the model is that fast already, ask for more than 1x")
+        return StepLimit(scenario, None, amount)
+    return StepLimit(scenario, 1e3 * scenario.tokens_per_step / amount if unit == "tok/s" else amount * _MS[unit])

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
+from numprune.scenario import StepLimit
 from numprune.served import AS_STORED, Served
 from numprune.slices import Size
 from numprune.target import Sizes
@@ -28,12 +29,13 @@ class TimeBudget:
     """The limit of one step's latency, in milliseconds.
 
     Attributes:
-        limit_ms: of the whole model.
+        limit_ms: of the whole model; infinite for a speedup before `resolved`.
         times: hidden size -> of the blocks and around them, measured or estimated in the budget's scenario. Empty
             before that: then only what does not depend on times can be checked.
         runtime: in which they were measured; "roofline" for an estimate.
         correction: factor of all times, from measuring a whole model.
         served: how the models were that gave the times.
+        speedup: the limit is the unpruned model's latency divided by this; None: it was given in milliseconds.
     """
 
     limit_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,11 +43,32 @@ class TimeBudget:
     runtime: str
     correction: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     served: Served = AS_STORED
+    speedup: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+
+    @classmethod
+    def of(cls, limit: StepLimit, times: Mapping[int, ScenarioTimes], runtime: str, served: Served) -> "TimeBudget":
+        """Return the budget for a limit, which may still have to be `resolved`."""
+        return cls(math.inf if limit.ms is None else limit.ms, times, runtime, served=served, speedup=limit.speedup)
+
+    def resolved(self, dense: Anatomy) -> "TimeBudget":
+        """Return the budget in milliseconds, if it is a speedup over the dense model.
+
+        Raises:
+            InputError: the dense model's latency is not known, as `check_measured`.
+        """
+        return self if self.speedup is None else self.within(self.predicted(dense).ms / self.speedup)
+
+    def within(self, limit_ms: float) -> "TimeBudget":
+        """Return the budget with another limit."""
+        return replace(self, limit_ms=limit_ms)
 
     def __str__(self) -> str:
         said = f"@{self.scenario}" if self.times else ""
         estimated = f" (estimated for {device})" if (device := self.estimated_for) else ""
-        return f"{self.limit_ms:.4g} ms{said}{estimated}"
+        times = f"{self.speedup:g} times as fast" if self.speedup else ""
+        if math.isinf(self.limit_ms):
+            return f"{times}{said}{estimated}"
+        return f"{self.limit_ms:.4g} ms{said}{f' ({times})' if times else ''}{estimated}"
 
     @property
     def described(self) -> str:

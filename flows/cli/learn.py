@@ -66,7 +66,8 @@ def add(commands: Subcommands) -> None:
         metavar="LIMIT",
         action="append",
         help="bytes of all weights, like 6GiB, or with --timings the time of one step, like 20ms@decode,b=8,ctx=2048, "
-        "or a throughput, like 1500tok/s@decode,b=8,ctx=2048; replaces --ratio (default: none)",
+        "a throughput, like 1500tok/s@decode,b=8,ctx=2048, or a speedup, like "
+        "1.3x@decode,b=8,ctx=2048; replaces --ratio (default: none)",
     )
     parser.add_argument(
         "--timings",

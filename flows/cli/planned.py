@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 def latency_lines(found: "LatencyBudget") -> list[str]:
     how = f" ({found.served})" if found.served else ""
+    most = f"at most {found.limit_ms:.4g} ms" + (f" ({found.speedup:g} times as fast)" if found.speedup else "")
     if found.measured is None or found.dense_measured is None:
         dense = f"dense {found.dense_predicted.ms:.4g} ms, " if found.dense_predicted else ""
         return [
-            f"{found.scenario}{how}, at most {found.limit_ms:.4g} ms: {dense}pruned {found.predicted.ms:.4g} ms, "
+            f"{found.scenario}{how}, {most}: {dense}pruned {found.predicted.ms:.4g} ms, "
             f"estimated for {found.estimated_for}, not measured"
         ]
-    lines = [f"{found.scenario} in {found.runtime}{how}, at most {found.limit_ms:.4g} ms:"]
+    lines = [f"{found.scenario} in {found.runtime}{how}, {most}:"]
     for name, predicted, measured in (
         ("dense", found.dense_predicted, found.dense_measured),
         ("pruned", found.predicted, found.measured),

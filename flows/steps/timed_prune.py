@@ -15,12 +15,10 @@ from numprune.errors import EnvironmentInvalid, InputError
 from numprune.export import checkpoint, temporary
 from numprune.flows.names import ROOFLINE
 from numprune.flows.sections import Prune
-from numprune.flows.steps.benchmark import exported_as
 from numprune.flows.steps.estimates import estimate_key
-from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import options_of, prune_checkpoint, with_one_shape
 from numprune.flows.steps.results import TimedCheckpoint
-from numprune.flows.steps.served import as_served
+from numprune.flows.steps.served import as_served, opened_by
 from numprune.flows.steps.timings import key_of, runtime_of, timed_in
 from numprune.hidden import Width
 from numprune.option_checks import check_options
@@ -58,7 +56,8 @@ def time_budget(
         InputError: a table is missing, or of another machine, runtime or model, or lacks the scenario or a size of the
             model.
     """
-    limit_ms, scenario = parse_time(asked)
+    limit = parse_time(asked)
+    scenario = limit.scenario
     anatomy, first = read_anatomy(checkpoint.read_config(base)), tables[0].key
     here = estimate_key(base, first.device, served) if tables[0].estimate else key_of(base, first.runtime, served)
     left = _by_hidden_size(tables)
@@ -79,10 +78,10 @@ def time_budget(
         raise InputError(
             f"timings: the hidden size of the result cannot be {', '.join(map(str, left))}; leave these tables out"
         )
-    budget = TimeBudget(limit_ms, times, first.runtime, served=served)
+    budget = TimeBudget.of(limit, times, first.runtime, served)
     for result in results:
         budget.check_measured(result)
-    return budget
+    return budget.resolved(anatomy)
 
 
 def _by_hidden_size(tables: Sequence[TimingTable]) -> dict[int, TimingTable]:
@@ -136,8 +135,9 @@ def prune_within_time(
 
     If the budget is of a quantized model, both sides are quantized to be measured; what is written is not.
     A result that is slower, by more than its interval, corrects the table by measured / predicted; it is then pruned
-    again, at most three times, to the shape that was chosen first. A plan is only measured, because nothing else would
-    be as it says. With an estimated table nothing is measured: there is no target.
+    again, at most three times, to the shape that was chosen first. A speedup is over the dense model as it is measured.
+    A plan is only measured, because nothing else would be as it says. With an estimated table nothing is measured:
+    there is no target.
 
     `plan`, `origin`: as for `prune_checkpoint`.
 
@@ -147,7 +147,6 @@ def prune_within_time(
     """
     assert options.time_budget is not None
     budget, shape = options.time_budget, None
-    limit_ms = budget.limit_ms
     if plan is None:
         options, shape = with_one_shape(base, rows, options, device, stream=stream)
     with temporary.beside(out) as scratch:
@@ -158,7 +157,7 @@ def prune_within_time(
             )
             with tempfile.TemporaryDirectory(dir=scratch) as exports:
                 found = _latencies(base, folder, corrections, Path(exports))
-            if found.measured is None or found.measured.interval95[0] <= limit_ms:
+            if found.measured is None or found.measured.interval95[0] <= found.limit_ms:
                 temporary.move(folder, out)
                 return TimedCheckpoint(**vars(made), latency=found)
             said = f"{found.measured.ms:.4g} ms were measured where {found.predicted.ms:.4g} ms were predicted"
@@ -166,7 +165,7 @@ def prune_within_time(
                 raise InputError(f"the budget is {options.time_budget}, and {said}: {_remedy(found)}")
             logger.warning("%s; the table is corrected by that", said)
             shutil.rmtree(folder)
-            budget = budget.corrected(found.measured.ms / found.predicted.ms)
+            budget = budget.corrected(found.measured.ms / found.predicted.ms).within(found.limit_ms)
             options = replace(options, time_budget=budget)
             _check_still_possible(base, options, said)
         assert found.measured is not None
@@ -205,11 +204,15 @@ def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> Lat
             for side, folder in (("baseline", base), ("candidate", pruned))
         }
         measured = _measured(runtime_of(base, budget.runtime, budget.served), sides, timed, scratch)
+    limit_ms = budget.limit_ms
+    if budget.speedup is not None and measured:
+        limit_ms = measured["baseline"].ms / budget.speedup
     return LatencyBudget(
         scenario=budget.scenario,
         runtime=budget.runtime,
         served=str(budget.served),
-        limit_ms=budget.limit_ms,
+        limit_ms=limit_ms,
+        speedup=budget.speedup,
         dense_predicted=_reported(budget.predicted(dense)) if dense.hidden_size in budget.times else None,
         dense_measured=measured.get("baseline"),
         predicted=_reported(budget.predicted(after)),
@@ -227,7 +230,7 @@ def _measured(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch
 
 def _benchmarked(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch: Path) -> dict[str, list[float]]:
     """Return the milliseconds of each side in every repeat of a benchmark; `scratch`: a folder for their exports."""
-    folders = opened_by(runtime, sides, scratch)
+    folders = opened_by(runtime, sides, scratch, [timed])
     found = run_benchmark(
         folders["candidate"],
         folders["baseline"],
@@ -240,16 +243,6 @@ def _benchmarked(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scra
         raise EnvironmentInvalid(f"{'; '.join(found['environment']['reasons'])}; {QUIET}")
     metric = _METRICS[timed.phase]
     return {side: [value for value in found["speed"][side]["by_repeat"][metric] if value is not None] for side in sides}
-
-
-def opened_by(runtime: Runtime, sides: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
-    """Return the checkpoints in the form that the runtime opens: as they are, or exported to `scratch`."""
-    export_format = None if runtime.vllm else exported_as(runtime.name, [*sides.values()], runtime.dtype)
-    if export_format is None:
-        return dict(sides)
-    for side, source in sides.items():
-        export(source, scratch / side, export_format, dtype=runtime.dtype)
-    return {side: scratch / side for side in sides}
 
 
 def _reported(time: Time) -> Milliseconds:

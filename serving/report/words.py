@@ -189,16 +189,19 @@ def at_context(removed: RatioRemoved) -> str:
 def latency(found: LatencyBudget) -> str:
     """The budget of time, and how the prediction compares with the measurement."""
     how = f" ({printable(found.served)})" if found.served else ""
+    most = f"at most {plain(found.limit_ms)} ms"
+    if found.speedup is not None:
+        most += f" ({plain(found.speedup)} times as fast as before)"
     if found.measured is None or found.dense_measured is None:
         device = printable(found.estimated_for or "")
         before = f", from {number(found.dense_predicted.ms)} ms" if found.dense_predicted else ""
         return (
-            f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)}{how}: estimated for {device}, "
+            f"{most} in the step {printable(found.scenario)}{how}: estimated for {device}, "
             f"not measured, are {number(found.predicted.ms)} ms{before}"
         )
     low, high = found.measured.interval95
     return (
-        f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)} in {found.runtime}{how}: "
+        f"{most} in the step {printable(found.scenario)} in {found.runtime}{how}: "
         f"{number(found.predicted.ms)} ms predicted, {number(found.measured.ms)} ms measured ({span(low, high)}), from "
         f"{number(found.dense_measured.ms)} ms"
     )

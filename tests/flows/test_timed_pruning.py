@@ -86,6 +86,35 @@ def test_a_measurement_corrects_the_table(
     assert f"(to meet a budget of {0.8 * whole:.4g} ms@{DECODE} in torch)" in card
 
 
+@pytest.mark.parametrize(("smaller", "corrections"), [(1.0, 0), (0.9, 1)])
+def test_a_speedup_is_over_the_dense_model_as_measured(
+    numprune: Command,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    smaller: float,
+    corrections: int,
+) -> None:
+    """A machine that is twice as slow changes nothing; if smaller blocks are slower than the table says, that does."""
+    benchmark_on(monkeypatch, lambda _: 2.0)
+    whole = write_table(inputs / "base", tmp_path / "table.json", 1.0)
+    table = json.loads((tmp_path / "table.json").read_text())
+    for times in table["scenarios"][0]["blocks"].values():
+        for time in times[:-1]:  # the last one is the model's own
+            time["ms"] *= smaller
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    *command, _, limit, option, path = command_of(inputs, tmp_path, 0.0)[:7]
+    assert "@" in str(limit)
+    fitting = command_of(inputs, tmp_path, 0.0)[7:]
+    answered = numprune(*command, "--budget", f"1.25x@{DECODE}", option, path, *fitting, "--json")
+    assert answered.code == 0, answered.err
+    found = answered.json["latency"]
+    assert (found["corrections"], found["speedup"]) == (corrections, 1.25)
+    assert found["dense_measured"]["ms"] == pytest.approx(2 * whole)
+    assert found["limit_ms"] == pytest.approx(2 * whole / 1.25)
+    assert 0.7 * found["limit_ms"] < found["measured"]["ms"] <= found["limit_ms"]
+
+
 @pytest.mark.slow
 def test_a_correction_keeps_the_chosen_shape(
     numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from numprune.planned import check_plan
 from numprune.plans import read_plan
 from numprune.pruning import prune
 from numprune.scenario import Scenario, check_scenario, parse_scenario, parse_time
+from numprune.served import AS_STORED
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
 from numprune.time_budget import TimeBudget, measured_sizes
@@ -219,9 +220,25 @@ def test_blocks_of_one_size_share_the_error_of_their_time():
     ],
 )
 def test_times_and_throughputs_are_read(text, ms):
-    found, scenario = parse_time(text)
-    assert found == pytest.approx(ms)
-    assert parse_scenario(str(scenario)) == scenario
+    found = parse_time(text)
+    assert (found.ms, found.speedup) == (pytest.approx(ms), None)
+    assert parse_scenario(str(found.scenario)) == found.scenario
+
+
+def test_a_speedup_is_over_the_dense_model():
+    limit = parse_time(f"1.25x@{DECODE}")
+    assert (limit.ms, limit.speedup, str(limit.scenario)) == (None, 1.25, DECODE)
+    times = random_table(0)
+    unknown = TimeBudget.of(limit, {}, "torch", AS_STORED)
+    assert str(unknown) == "1.25 times as fast"
+    budget = TimeBudget.of(limit, {64: times}, "torch", AS_STORED).resolved(ANATOMY)
+    dense = milliseconds(times, {block.name: block.size for block in ANATOMY.blocks})
+    assert budget.limit_ms == pytest.approx(dense / 1.25)
+    assert str(budget) == f"{dense / 1.25:.4g} ms@{DECODE} (1.25 times as fast)"
+    with pytest.raises(InputError, match="hidden size 64 was not measured; measured are 32"):
+        TimeBudget.of(limit, {32: times}, "torch", AS_STORED).resolved(ANATOMY)
+    with pytest.raises(InputError, match="the model is that fast already, ask for more than 1x"):
+        parse_time(f"1x@{DECODE}")
 
 
 def test_a_scenario_says_its_step():

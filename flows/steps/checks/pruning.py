@@ -36,8 +36,8 @@ def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
         return replace(options, criterion=masks)
     if time is None:
         return options
-    limit_ms, runtime = parse_time(time)[0], recipe.timings.runtime
-    return replace(options, time_budget=TimeBudget(limit_ms, {}, runtime, served=recipe.served()))
+    budget = TimeBudget.of(parse_time(time), {}, recipe.timings.runtime, recipe.served())
+    return replace(options, time_budget=budget)
 
 
 def check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
@@ -46,7 +46,7 @@ def check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     times = _check_timings(recipe, anatomy, options, base)
     if recipe.learn.method == "none":
         if times and options.time_budget is not None:
-            options = replace(options, time_budget=replace(options.time_budget, times=times))
+            options = replace(options, time_budget=replace(options.time_budget, times=times).resolved(anatomy))
         check_options(anatomy, options)
         check_reach(options.window, recipe.data.sequence_length)
         if recipe.prune.refine != "none":
@@ -79,8 +79,14 @@ def _check_timings(recipe: Recipe, anatomy: Anatomy, options: PruneOptions, base
     if recipe.prune.allowed.time is None:
         return times
     target, asked, served = recipe.sizes(), recipe.timings, recipe.served()
-    scenario = parse_time(recipe.prune.allowed.time)[1]
-    for width in widths_of(anatomy, options):
+    limit, widths = parse_time(recipe.prune.allowed.time), widths_of(anatomy, options)
+    scenario = limit.scenario
+    if limit.speedup is not None and None not in widths:
+        raise InputError(
+            f"budget: {recipe.prune.allowed.time} needs the latency of the model itself, whose hidden size is not "
+            "among those of the result; give a time"
+        )
+    for width in widths:
         if asked.runtime == ROOFLINE:
             table = estimate(base, [scenario], target, asked.sizes, asked.peaks(), served, width)
             times[table.key.shape.hidden_size] = table.times(str(scenario))

@@ -156,7 +156,7 @@ class LatencyBudget(Model):
     `served`: how both models differ from the stored ones, like "w8a8"; empty: they do not. `corrections`: how often a
     measurement corrected the prediction. `estimated_for`: the device that the latencies of blocks are estimated for by
     its data sheet; the models were then not measured. `dense_predicted` is None if the blocks were only timed at a
-    smaller hidden size.
+    smaller hidden size. `speedup`: what was asked for; `limit_ms` is the baseline's latency divided by it.
     """
 
     scenario: str
@@ -169,6 +169,7 @@ class LatencyBudget(Model):
     corrections: Count
     estimated_for: str | None = None
     served: str = ""
+    speedup: Finite | None = None
 
     @model_validator(mode="after")
     def _estimated_or_measured(self) -> Self:
