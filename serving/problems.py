@@ -73,6 +73,9 @@ def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
         case "literal_error":
             allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             return f"{path} = {short(problem['input'])}: {message}{did_you_mean(problem['input'], allowed)}"
+        case "value_error" if isinstance(problem["input"], dict) and len(problem["loc"]) < 2:
+            # Of a section or the whole, the message names the fields.
+            return f"{path}: {message}" if path else message
     return f"{path} = {short(problem['input'])}: {message}"
 
 

@@ -140,6 +140,19 @@ def test_gates_are_overridden_as_a_whole(minimal: Path) -> None:
     assert [gate.metric for gate in loaded.gates] == ["quality.kl_nats_per_token"]
 
 
+def test_problems_of_several_fields_name_them_and_print_no_section(minimal: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(minimal, ["timings.device=l4"])
+    assert str(caught.value).splitlines()[1:] == [
+        '  timings: device: it has an effect only with runtime = "roofline"; leave it out'
+    ]
+    with pytest.raises(InputError) as caught:
+        load(minimal, ["timings.sizes=4"])
+    assert str(caught.value).splitlines()[1:] == [
+        "  timings: it has an effect only with a time as prune.budget; leave it out"
+    ]
+
+
 def test_every_problem_is_reported_with_field_value_and_allowed_values(minimal: Path) -> None:
     with pytest.raises(InputError) as caught:
         load(
