@@ -148,6 +148,14 @@ def widths_of(anatomy: Anatomy, options: PruneOptions) -> list[Width | None]:
     )
 
 
+def widths_timed(anatomy: Anatomy, options: PruneOptions) -> list[Width | None]:
+    """Return the hidden sizes at which a budget of time needs latencies: `widths_of`, and the model's for a speedup."""
+    widths = widths_of(anatomy, options)
+    if options.time_budget is not None and options.time_budget.speedup is not None and None not in widths:
+        widths.append(None)
+    return widths
+
+
 def protected_layers(anatomy: Anatomy, options: PruneOptions) -> set[int]:
     """Return the layers with a protected block: they are not dropped."""
     protected = options.limits.protected(anatomy)

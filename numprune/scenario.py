@@ -16,6 +16,7 @@ _RULES = f"{RULE}; for encoders {RULE_OF_TEXTS}, or {RULE_OF_IMAGES} for images"
 _SCENARIO = re.compile(r"(decode|prefill|forward),b=(\d{1,6})(?:,(ctx|len)=(\d{1,9}))?")
 _LENGTH: dict[str, tuple[str | None, ...]] = {"decode": ("ctx",), "prefill": ("len",), "forward": ("len", None)}
 _TIME = re.compile(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})\s*(us|ms|s|tok/s|x)@(.*)")
+_AMOUNT = re.compile("[\\d.]+\\s*(us|ms|s|tok/s|x|\N{MULTIPLICATION SIGN})")
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -80,8 +81,8 @@ def check_scenario(scenario: Scenario, anatomy: Anatomy, positions: int) -> None
 
 
 def is_time(text: str) -> bool:
-    """Return whether a budget is meant as a time or throughput in a scenario."""
-    return "@" in text
+    """Return whether a budget is meant as a time, throughput or speedup, even without its scenario."""
+    return "@" in text or _AMOUNT.fullmatch(text.strip()) is not None
 
 
 def parse_time(text: str) -> StepLimit:
@@ -92,16 +93,16 @@ def parse_time(text: str) -> StepLimit:
     Raises:
         InputError: it is neither.
     """
-    found = _TIME.fullmatch(text.strip())
+    found = _TIME.fullmatch(text.strip().replace("\N{MULTIPLICATION SIGN}", "x"))
     if found is None or not float(found[1]):
         raise InputError(
-            f"budget is {text[:80]!r}; it must be a time, throughput or speedup over 0, like 20ms, 1500tok/s or 1.3x, "
-            f"with @{_RULES}"
+            f"budget is {text[:80]!r}; it must be a time or throughput over 0, or a speedup over 1, like 20ms, "
+            f"1500tok/s or 1.3x, at @{_RULES}"
         )
     scenario = parse_scenario(found[3])
     amount, unit = float(found[1]), found[2]
     if unit == "x":
         if amount <= 1:
-            raise InputError(f"budget is {text[:80]!r}; the model is that fast already, ask for more than 1x")
+            raise InputError(f"budget is {text[:80]!r}: the model is that fast already; ask for more than 1x")
         return StepLimit(scenario, None, amount)
     return StepLimit(scenario, 1e3 * scenario.tokens_per_step / amount if unit == "tok/s" else amount * _MS[unit])

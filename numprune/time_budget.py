@@ -65,10 +65,8 @@ class TimeBudget:
     def __str__(self) -> str:
         said = f"@{self.scenario}" if self.times else ""
         estimated = f" (estimated for {device})" if (device := self.estimated_for) else ""
-        times = f"{self.speedup:g} times as fast" if self.speedup else ""
-        if math.isinf(self.limit_ms):
-            return f"{times}{said}{estimated}"
-        return f"{self.limit_ms:.4g} ms{said}{f' ({times})' if times else ''}{estimated}"
+        limit = f"{self.limit_ms:.4g} ms" if self.speedup is None else f"{self.speedup:g}x"
+        return f"{limit}{said}{estimated}"
 
     @property
     def described(self) -> str:

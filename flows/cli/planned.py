@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def latency_lines(found: "LatencyBudget") -> list[str]:
     how = f" ({found.served})" if found.served else ""
-    most = f"at most {found.limit_ms:.4g} ms" + (f" ({found.speedup:g} times as fast)" if found.speedup else "")
+    most = f"at most {found.limit_ms:.4g} ms" + (f" for {found.speedup:g}x" if found.speedup else "")
     if found.measured is None or found.dense_measured is None:
         dense = f"dense {found.dense_predicted.ms:.4g} ms, " if found.dense_predicted else ""
         return [

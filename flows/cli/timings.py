@@ -82,7 +82,7 @@ def add(commands: Subcommands) -> None:
         default=names.TIMED_SIZES,
         metavar="N",
         help=f"sizes of each kind of block, 2 to {names.MOST_TIMED_SIZES}; a budget of time chooses among them, "
-        f"so more give a better model (default: {names.TIMED_SIZES})",
+        f"so more usually give a better model (default: {names.TIMED_SIZES})",
     )
     parser.add_argument(
         "--align", type=at_least(1), default=8, metavar="N", help="intermediate sizes are multiples of N (default: 8)"

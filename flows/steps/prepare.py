@@ -24,7 +24,7 @@ from numprune.flows.steps.models import model_folder
 from numprune.flows.steps.text import text_digest
 from numprune.flows.steps.timings import key_of
 from numprune.hidden import Width
-from numprune.options import widths_of
+from numprune.options import widths_timed
 from numprune.serving.vllm import environment
 from numprune.timings import anatomy_at, shape_of
 
@@ -71,5 +71,5 @@ def _timing_keys(recipe: Recipe, base: Path, anatomy: Anatomy) -> dict[Width | N
     asked, served, options = recipe.timings, recipe.served(), pruning_options(recipe, base)
     estimated = asked.runtime == ROOFLINE
     key = estimate_key(base, asked.peaks().name, served) if estimated else key_of(base, asked.runtime, served)
-    shapes = {width: shape_of(anatomy_at(anatomy, width, options.target)) for width in widths_of(anatomy, options)}
+    shapes = {width: shape_of(anatomy_at(anatomy, width, options.target)) for width in widths_timed(anatomy, options)}
     return {width: key.model_copy(update={"shape": shape}).model_dump_json() for width, shape in shapes.items()}

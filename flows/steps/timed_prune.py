@@ -64,6 +64,11 @@ def time_budget(
     widths = widths_of(anatomy, options)
     if None not in widths and anatomy.hidden_size in left:
         widths.append(None)  # for the prediction of the dense model
+    if limit.speedup is not None and None not in widths:
+        raise InputError(
+            f"budget is {asked!r}: a speedup is over the model itself, and no table is of its hidden size "
+            f"{anatomy.hidden_size}; give that table, too"
+        )
     results, times = [anatomy_at(anatomy, width, options.target) for width in widths], {}
     for width, result in zip(widths, results, strict=True):
         table = left.pop(result.hidden_size, None)
@@ -156,13 +161,13 @@ def prune_within_time(
                 base, rows, options, folder, device, draw=draw, stream=stream, plan=plan, shape=shape, origin=origin
             )
             with tempfile.TemporaryDirectory(dir=scratch) as exports:
-                found = _latencies(base, folder, corrections, Path(exports))
-            if found.measured is None or found.measured.interval95[0] <= found.limit_ms:
+                found, too_slow = _latencies(base, folder, corrections, Path(exports))
+            if found.measured is None or not too_slow:
                 temporary.move(folder, out)
                 return TimedCheckpoint(**vars(made), latency=found)
             said = f"{found.measured.ms:.4g} ms were measured where {found.predicted.ms:.4g} ms were predicted"
             if plan is not None:
-                raise InputError(f"the budget is {options.time_budget}, and {said}: {_remedy(found)}")
+                raise InputError(f"the budget is {_limit(options.time_budget, found)}, and {said}: {_remedy(found)}")
             logger.warning("%s; the table is corrected by that", said)
             shutil.rmtree(folder)
             budget = budget.corrected(found.measured.ms / found.predicted.ms).within(found.limit_ms)
@@ -171,10 +176,15 @@ def prune_within_time(
         assert found.measured is not None
         low, high = found.measured.interval95
         raise InputError(
-            f"the budget is {options.time_budget}, and after {_CORRECTIONS} corrections of the table the pruned model "
-            f"still takes {found.measured.ms:.4g} ms (95 % interval {low:.4g} to {high:.4g}); measure the table again, "
-            "or allow more time"
+            f"the budget is {_limit(options.time_budget, found)}, and after {_CORRECTIONS} corrections of the table "
+            f"the pruned model still takes {found.measured.ms:.4g} ms (95 % interval {low:.4g} to {high:.4g}); measure "
+            "the table again, or allow more time"
         )
+
+
+def _limit(budget: TimeBudget | None, found: LatencyBudget) -> str:
+    """The budget, and what a speedup comes to."""
+    return f"{budget}" + ("" if found.speedup is None else f", so at most {found.limit_ms:.4g} ms")
 
 
 def _remedy(found: LatencyBudget) -> str:
@@ -191,23 +201,31 @@ def _check_still_possible(base: Path, options: PruneOptions, said: str) -> None:
         raise InputError(f"{said}: {error}") from None
 
 
-def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> LatencyBudget:
-    """Measure both models in turn, unless latencies are estimated; `scratch`: a folder for their exports."""
+def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> tuple[LatencyBudget, bool]:
+    """Measure both models in turn, unless latencies are estimated; `scratch`: a folder for their exports.
+
+    Returns the latencies, and whether the pruned model is too slow, beyond the 95 % interval of what it exceeds.
+    """
     budget = read_plan(pruned / PLAN_FILE).time_budget
     assert budget is not None
     dense, after = (read_anatomy(checkpoint.read_config(folder)) for folder in (base, pruned))
     measured: dict[str, Milliseconds] = {}
+    limit_ms, too_slow = budget.limit_ms, False
     if budget.estimated_for is None:
         timed = timed_in(parse_scenario(budget.scenario), dense)
         sides = {
             side: as_served(folder, scratch / f"{side}-quantized", budget.served)
             for side, folder in (("baseline", base), ("candidate", pruned))
         }
-        measured = _measured(runtime_of(base, budget.runtime, budget.served), sides, timed, scratch)
-    limit_ms = budget.limit_ms
-    if budget.speedup is not None and measured:
-        limit_ms = measured["baseline"].ms / budget.speedup
-    return LatencyBudget(
+        ms = _measured(runtime_of(base, budget.runtime, budget.served), sides, timed, scratch)
+        measured = {side: _median(values) for side, values in ms.items()}
+        if budget.speedup is None:
+            too_slow = measured["candidate"].interval95[0] > limit_ms
+        else:
+            limit_ms = measured["baseline"].ms / budget.speedup
+            _, (low, _) = weighted_medians([ms["candidate"], ms["baseline"]], [1.0, -1 / budget.speedup])
+            too_slow = low > 0
+    latencies = LatencyBudget(
         scenario=budget.scenario,
         runtime=budget.runtime,
         served=str(budget.served),
@@ -220,12 +238,14 @@ def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> Lat
         corrections=corrections,
         estimated_for=budget.estimated_for,
     )
+    return latencies, too_slow
 
 
-def _measured(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch: Path) -> dict[str, Milliseconds]:
-    """Return the latency of each side."""
-    ms = in_turn(runtime, sides, timed, _VISITS) if runtime.vllm else _benchmarked(runtime, sides, timed, scratch)
-    return {side: _median(values, side) for side, values in ms.items()}
+def _measured(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch: Path) -> dict[str, list[float]]:
+    """Return the milliseconds of each side in every visit, or repeat of a benchmark, that both sides completed."""
+    if runtime.vllm:
+        return in_turn(runtime, sides, timed, _VISITS)
+    return _benchmarked(runtime, sides, timed, scratch)
 
 
 def _benchmarked(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scratch: Path) -> dict[str, list[float]]:
@@ -242,15 +262,18 @@ def _benchmarked(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scra
     if not found["environment"]["valid"]:
         raise EnvironmentInvalid(f"{'; '.join(found['environment']['reasons'])}; {QUIET}")
     metric = _METRICS[timed.phase]
-    return {side: [value for value in found["speed"][side]["by_repeat"][metric] if value is not None] for side in sides}
+    by_repeat = {side: found["speed"][side]["by_repeat"][metric] for side in sides}
+    for side, values in by_repeat.items():
+        if all(value is None for value in values):
+            raise InputError(f"the {side}: every request of the measurement failed, with logits that are not finite")
+    both = [values for values in zip(*by_repeat.values(), strict=True) if None not in values]
+    return {side: [values[index] for values in both] for index, side in enumerate(by_repeat)}
 
 
 def _reported(time: Time) -> Milliseconds:
     return Milliseconds(ms=time.ms, interval95=time.interval95)
 
 
-def _median(values: list[float], side: str) -> Milliseconds:
-    if not values:
-        raise InputError(f"the {side}: every request of the measurement failed, with logits that are not finite")
+def _median(values: list[float]) -> Milliseconds:
     ms, interval = weighted_medians([values], [1.0])
     return Milliseconds(ms=ms, interval95=interval)

@@ -61,11 +61,7 @@ from numprune.timed_models import TimedModel, TimedModels, Weights, check_measur
 from numprune.timings import BlockTime, Key, ScenarioTimes, Time, TimingTable, anatomy_at, shape_of, sizes_to_time
 
 _ANCHORS = 3  # visits of the largest model at the start and at the end of a run
-_PACKAGES = {
-    "torch": ("torch", "transformers"),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "tensorrt": ("tensorrt",),
-}
+_PACKAGES = {"torch": ("torch", "transformers"), "onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def key_of(base: Path, runtime: str, served: Served = AS_STORED) -> Key:
     used, anatomy = runtime_of(base, runtime, served), read_anatomy(checkpoint.read_config(base))
     return Key(
         runtime=runtime,
-        versions=_versions(used.vllm) if used.vllm else package_versions(_PACKAGES[runtime]),
+        versions=_versions(used),
         implementation=_implementation(anatomy) if used.vllm else None,
         device=_device_name(used),
         threads=torch.get_num_threads() if runtime == "torch" else processors.count(),
@@ -132,8 +128,12 @@ def runtime_of(base: Path, name: str, served: Served = AS_STORED) -> Runtime:
     return Runtime(name, device, precision_of(base, name, served.dtype), found, served.tensor_parallel)
 
 
-def _versions(found: Environment) -> dict[str, str]:
-    return {"vllm": found.version, **({"numprune-vllm": found.plugin} if found.plugin else {})}
+def _versions(used: Runtime) -> dict[str, str]:
+    if used.vllm:
+        return {"vllm": used.vllm.version, **({"numprune-vllm": used.vllm.plugin} if used.vllm.plugin else {})}
+    if used.name == "tensorrt":  # its package has a different name for each CUDA
+        return {"tensorrt": tensorrt.require().__version__}
+    return package_versions(_PACKAGES[used.name])
 
 
 def _implementation(anatomy: Anatomy) -> Literal["plug-in", "stock"]:
@@ -155,7 +155,7 @@ def _device_name(used: Runtime) -> str:
 def check_request(base: Path, asked: Request) -> None:
     """Refuse a request that `measure` does not support. Raises InputError, MissingRuntime."""
     compressed_tensors.refuse_quantized(base, "timing of blocks")
-    if asked.runtime in ("torch", "onnxruntime") and not package_versions(_PACKAGES[asked.runtime]):
+    if asked.runtime in _PACKAGES and not package_versions(_PACKAGES[asked.runtime]):
         raise MissingRuntime(
             f'runtime {asked.runtime} is not installed; pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"'
         )

@@ -4,14 +4,15 @@
         [--calibration FILE …] [--heldout FILE …] [--out DIR]
 
 Each limit, in milliseconds of the table's scenario, is met as `numprune prune --budget` meets it: predicted, measured,
-corrected if need be. Beside it stands the model with as many parameters by ratio, with the allocation `error`. Then all
-models are measured in turn, in the runtime and the scenario of the table. The last column is the time of a model by
+corrected if need be. It is compared with the model of as many parameters by ratio, with the allocation `error`. All
+models are measured in turn, in the runtime and the scenario of the table. The last columns are the time of a model by
 ratio of the same held-out loss, interpolated between the two nearest ones, over that of the model within the budget.
-Its interval draws visits and documents, the same ones for all models. `--out` keeps the table, and all measurements as
+The interval draws visits and documents, the same ones for all models. `--out` keeps the table, and all measurements as
 JSON.
 """
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,7 @@ from numprune.tasks import Comparison
 from numprune.timings import TimingTable, read_timings
 
 _DENSE = "dense"
+_KL = "kl_nats_per_token"
 _DRAWS = 2000
 
 
@@ -84,6 +86,7 @@ class Row:
         kl: on held-out text.
         gain: time of a model by ratio of the same loss, over this one's, with its 95 % interval; None: by ratio, or
             the loss exceeds that of the largest ratio.
+        gain_kl: likewise of the same KL.
     """
 
     name: str
@@ -94,17 +97,19 @@ class Row:
     nll: tuple[float, float, float]
     kl: float
     gain: tuple[float, float, float] | None
+    gain_kl: float | None
 
 
 def markdown(rows: Sequence[Row], conditions: str) -> str:
     """The table."""
     header = ["model", "removed", "predicted ms", "corrections", "measured ms", "NLL increase", "KL"]
-    header.append("times as fast as one by ratio of the same loss")
+    header += ["speedup over pruning by ratio at equal NLL", "at equal KL"]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for row in rows:
         corrections = "" if row.corrections is None else str(row.corrections)
         cells = [row.name, f"{row.removed:.1%}", _interval(row.predicted, ".3g"), corrections, _interval(row.ms, ".3g")]
         cells += [_interval(row.nll, "+.4f"), f"{row.kl:.4f}", _interval(row.gain, ".2f")]
+        cells.append("" if row.gain_kl is None else f"{row.gain_kl:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"In brackets: 95 % intervals. {conditions}", ""])
 
@@ -125,7 +130,7 @@ def gain(
     """Return how many times as fast a model is as one on a curve at its loss, with the 95 % interval.
 
     Args:
-        curve: the dense model and others, by what was removed; times between two of them are linear in the loss.
+        curve: the dense model and others, by what was removed.
         ms: of each model in every visit.
         lost: by each model but the dense one, on the same rows.
 
@@ -148,15 +153,25 @@ def gain(
         found: np.ndarray = np.median(np.array(ms[name])[visits], axis=1)
         return found
 
-    at = np.maximum.accumulate(np.stack([losses(name) for name in curve], axis=1), axis=1)  # (draws, models)
-    rivals, mine = np.stack([times(name) for name in curve], axis=1), losses(model)
-    drawn = zip(mine, at, rivals, strict=True)
-    found = np.array([np.interp(loss, losses_of, ms_of, right=np.nan) for loss, losses_of, ms_of in drawn])
-    found /= times(model)
+    on_curve = (np.stack([of(name) for name in curve], axis=1) for of in (losses, times))  # each (draws, models)
+    found = np.array([rival_ms(*drawn) for drawn in zip(losses(model), *on_curve, strict=True)]) / times(model)
     if np.isnan(found[0]) or np.isnan(found).mean() > 0.025:
         return None
     low, high = np.nanquantile(found, [0.025, 0.975]).tolist()
     return float(found[0]), low, high
+
+
+def rival_ms(loss: float, losses: np.ndarray, ms: np.ndarray) -> float:
+    """Return the time at which models on a curve lose `loss`; NaN: they all lose less.
+
+    Between two models, the time is linear in the square root of the loss, because losses grow about with the square of
+    what is removed. A model that is no better, or no faster, than one from which more was removed counts as that one.
+
+    Args:
+        losses, ms: (models,) by what was removed.
+    """
+    at, quickest = np.minimum.accumulate(losses[::-1])[::-1], np.minimum.accumulate(ms)
+    return float(np.interp(math.sqrt(max(loss, 0.0)), np.sqrt(np.maximum(at, 0.0)), quickest, right=math.nan))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,7 +248,7 @@ class _Study:
 
     def within(self, limit: float) -> PruneOptions:
         """Return the options for a limit. Raises InputError."""
-        budget = time_budget(self.base, f"{limit:g}ms@{self.scenario}", [self.table], self.common, AS_STORED)
+        budget = time_budget(self.base, f"{limit:.12g}ms@{self.scenario}", [self.table], self.common, AS_STORED)
         return self._checked(replace(self.common, time_budget=budget))
 
     def options(self, ratio: float) -> PruneOptions:
@@ -256,7 +271,7 @@ class _Study:
         device, found = device_of("auto"), list[Model]()
         for options in limits:
             assert options.time_budget is not None
-            limit = f"{options.time_budget.limit_ms:g} ms"
+            limit = f"{options.time_budget.limit_ms:.12g} ms"
             print(f"pruning: {limit}", file=sys.stderr)
             out = scratch / f"within-{len(found)}"
             made = prune_within_time(self.base, rows, options, out, device, draw=draw, stream=False)
@@ -273,7 +288,7 @@ class _Study:
         """Return the milliseconds of the dense model and the others in every visit."""
         runtime = runtime_of(self.base, self.table.key.runtime)
         timed = timed_in(parse_scenario(self.scenario), read_anatomy(checkpoint.read_config(self.base)))
-        # Names of models are no names of files.
+        # Model names may not be valid file names.
         folders = {_DENSE: self.base, **{model.folder.name: model.folder for model in models}}
         (exports := scratch / "exports").mkdir()
         found = in_turn(runtime, opened_by(runtime, folders, exports, [timed]), timed, visits)
@@ -293,19 +308,23 @@ def _lost(base: Path, models: Sequence[Model], heldout: TokenRows) -> dict[str, 
 def _rows(models: Sequence[Model], ms: Mapping[str, Sequence[float]], lost: Mapping[str, Comparison]) -> list[Row]:
     by_ratio = sorted((model for model in models if model.within is None), key=lambda model: model.removed)
     curve = [_DENSE, *(model.name for model in by_ratio)]
-    found = [Row(_DENSE, 0.0, None, None, _median(ms[_DENSE]), (0.0, 0.0, 0.0), 0.0, None)]
+    kl = np.array([0.0, *(lost[model.name].metrics[_KL] for model in by_ratio)])
+    medians = np.array([_median(ms[name])[0] for name in curve])
+    found = [Row(_DENSE, 0.0, None, None, _median(ms[_DENSE]), (0.0, 0.0, 0.0), 0.0, None, None)]
     for model in sorted(models, key=lambda model: model.removed):
-        latency, loss = model.within, lost[model.name]
+        latency, loss, measured = model.within, lost[model.name], _median(ms[model.name])
+        at_kl = rival_ms(loss.metrics[_KL], kl, medians) / measured[0]
         found.append(
             Row(
                 name=model.name,
                 removed=model.removed,
                 predicted=None if latency is None else (latency.predicted.ms, *latency.predicted.interval95),
                 corrections=None if latency is None else latency.corrections,
-                ms=_median(ms[model.name]),
+                ms=measured,
                 nll=(loss.loss_delta.value, *loss.loss_delta.interval95),
-                kl=loss.metrics["kl_nats_per_token"],
+                kl=loss.metrics[_KL],
                 gain=None if latency is None else gain(model.name, curve, ms, lost),
+                gain_kl=None if latency is None or math.isnan(at_kl) else at_kl,
             )
         )
     return found

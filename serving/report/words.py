@@ -191,7 +191,7 @@ def latency(found: LatencyBudget) -> str:
     how = f" ({printable(found.served)})" if found.served else ""
     most = f"at most {plain(found.limit_ms)} ms"
     if found.speedup is not None:
-        most += f" ({plain(found.speedup)} times as fast as before)"
+        most += f" for {plain(found.speedup)}x"
     if found.measured is None or found.dense_measured is None:
         device = printable(found.estimated_for or "")
         before = f", from {number(found.dense_predicted.ms)} ms" if found.dense_predicted else ""

@@ -13,6 +13,7 @@ from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.files import CARD
 from numprune.flows.candidate import learn
+from numprune.flows.cli.planned import latency_lines
 from numprune.flows.names import CHECKPOINT, LEARNED
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
@@ -23,6 +24,7 @@ from numprune.flows.steps.report import pruning_section
 from numprune.flows.steps.results import TimedCheckpoint
 from numprune.hidden import Width
 from numprune.plans import PLAN_FILE, read_plan
+from numprune.serving.report import LatencyBudget
 from numprune.timings import TimingTable
 from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.conftest import Answered
@@ -113,6 +115,11 @@ def test_a_speedup_is_over_the_dense_model_as_measured(
     assert found["dense_measured"]["ms"] == pytest.approx(2 * whole)
     assert found["limit_ms"] == pytest.approx(2 * whole / 1.25)
     assert 0.7 * found["limit_ms"] < found["measured"]["ms"] <= found["limit_ms"]
+    budget = read_plan(tmp_path / "pruned" / PLAN_FILE).time_budget
+    assert budget is not None
+    assert (budget.speedup, str(budget)) == (1.25, f"1.25x@{DECODE}")
+    assert f"(to meet a budget of 1.25x@{DECODE} in torch)" in (tmp_path / "pruned" / CARD).read_text()
+    assert f"at most {2 * whole / 1.25:.4g} ms for 1.25x:" in "\n".join(latency_lines(LatencyBudget(**found)))
 
 
 @pytest.mark.slow

@@ -93,6 +93,11 @@ def test_each_hidden_size_needs_its_own_table(numprune: Command, inputs: Path, t
         refused = asked(sizes, given, basis)
         assert refused.code == 1
         assert re.search(says, refused.err), refused.err
+    budget = ("--budget", f"1.3x@{DECODE}", *budget[2:])
+    refused = asked((48,), (48,))
+    assert "a speedup is over the model itself, and no table is of its hidden size 64; give that table" in refused.err
+    faster = asked((48,), (48, 64))
+    assert 0.5 * whole < faster.json["predicted_ms"] <= whole / 1.3
     refused = asked((48,), (64,), "coordinates", "--align", 16, "--dtype", "bfloat16")
     assert "--hidden-size 48 --basis coordinates --align 16 --dtype bfloat16 --out TABLE" in refused.err
     refused = numprune("timings", base, *peaks, "--basis", "fisher", "--out", tmp_path / "other.json")
@@ -118,6 +123,10 @@ def test_a_recipe_estimates_every_hidden_size_and_checks_the_budget(
     assert answered.code == 0, answered.err
     stages = [line.strip().split("  ")[0] for line in answered.out.splitlines()]
     assert stages.index("timings") < stages.index("timings at hidden size 48") < stages.index("prune")
+    recipe = load(inputs / "recipe.toml", [f"prune.budget=1.3x@{DECODE}", *device, "prune.hidden_size=48"])
+    assert [*prepare(recipe, tmp_path).timing_keys] == [Width(48, "fisher"), None]
+    refused = numprune("plan", inputs / "recipe.toml", "--set", f"prune.budget=100x@{DECODE}", *overrides)
+    assert f"the budget is 100x@{DECODE}" in refused.err
     refused = numprune("plan", inputs / "recipe.toml", "--set", f"prune.budget=1us@{DECODE}", *overrides)
     assert "and the quickest measured size of every block take" in refused.err
 

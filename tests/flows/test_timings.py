@@ -203,13 +203,13 @@ def test_engines_are_built_for_what_is_timed(
         out.mkdir()
         (out / "config.json").write_bytes((source / "config.json").read_bytes())
 
-    monkeypatch.setattr(tensorrt, "require", lambda: None)
+    monkeypatch.setattr(tensorrt, "require", lambda: SimpleNamespace(__version__="11.1"))
     monkeypatch.setattr(served, "export", engine)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(timings, "check_state", lambda *_: None)
     scenarios = [parse_scenario("decode,b=16,ctx=16"), parse_scenario("prefill,b=2,len=32")]
     table = measure(inputs / "base", asked(runtime="tensorrt", scenarios=scenarios), tmp_path)
-    assert (table.key.runtime, table.key.device) == ("tensorrt", "a GPU")
+    assert (table.key.runtime, table.key.versions, table.key.device) == ("tensorrt", {"tensorrt": "11.1"}, "a GPU")
     assert table.times("decode,b=16,ctx=16").around.ms == pytest.approx(AROUND_MS)
     assert built
     assert all(options == {"dtype": "float32", "max_batch": 16, "max_length": 1024} for options in built)

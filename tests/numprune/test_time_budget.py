@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from numprune.allocation import by_error
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
+from numprune.budget_texts import parse_budgets
 from numprune.budgeted import by_budgets
 from numprune.curves import error_at
 from numprune.errors import InputError
@@ -230,14 +231,14 @@ def test_a_speedup_is_over_the_dense_model():
     assert (limit.ms, limit.speedup, str(limit.scenario)) == (None, 1.25, DECODE)
     times = random_table(0)
     unknown = TimeBudget.of(limit, {}, "torch", AS_STORED)
-    assert str(unknown) == "1.25 times as fast"
+    assert str(unknown) == "1.25x"
     budget = TimeBudget.of(limit, {64: times}, "torch", AS_STORED).resolved(ANATOMY)
     dense = milliseconds(times, {block.name: block.size for block in ANATOMY.blocks})
     assert budget.limit_ms == pytest.approx(dense / 1.25)
-    assert str(budget) == f"{dense / 1.25:.4g} ms@{DECODE} (1.25 times as fast)"
+    assert str(budget) == f"1.25x@{DECODE}"
     with pytest.raises(InputError, match="hidden size 64 was not measured; measured are 32"):
         TimeBudget.of(limit, {32: times}, "torch", AS_STORED).resolved(ANATOMY)
-    with pytest.raises(InputError, match="the model is that fast already, ask for more than 1x"):
+    with pytest.raises(InputError, match="the model is that fast already; ask for more than 1x"):
         parse_time(f"1x@{DECODE}")
 
 
@@ -270,6 +271,8 @@ def test_images_have_no_tokens_per_second():
     "text",
     [
         "20ms@",
+        "20ms",
+        "1.3x",
         "20@decode,b=1,ctx=1",
         "0ms@decode,b=1,ctx=1",
         "5ms@decode,b=0,ctx=4",
@@ -279,7 +282,12 @@ def test_images_have_no_tokens_per_second():
 )
 def test_other_texts_are_refused_with_the_rule(text):
     with pytest.raises(InputError, match=re.escape("decode,b=BATCH,ctx=TOKENS or prefill,b=BATCH,len=TOKENS")):
-        parse_time(text)
+        parse_budgets([text])
+
+
+def test_a_speedup_is_written_with_either_sign():
+    assert parse_budgets([f"1.3\N{MULTIPLICATION SIGN}@{DECODE}"]).time == f"1.3\N{MULTIPLICATION SIGN}@{DECODE}"
+    assert parse_time(f"1.3\N{MULTIPLICATION SIGN}@{DECODE}") == parse_time(f"1.3x@{DECODE}")
 
 
 KEY = Key(

@@ -16,7 +16,7 @@ from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.timings import check_request, timing_request
 from numprune.learning import check_learning
 from numprune.option_checks import check_options
-from numprune.options import PruneOptions, widths_of
+from numprune.options import PruneOptions, widths_timed
 from numprune.scenario import parse_time
 from numprune.search.refine import check_searchable
 from numprune.shaping import check_comparable
@@ -79,14 +79,8 @@ def _check_timings(recipe: Recipe, anatomy: Anatomy, options: PruneOptions, base
     if recipe.prune.allowed.time is None:
         return times
     target, asked, served = recipe.sizes(), recipe.timings, recipe.served()
-    limit, widths = parse_time(recipe.prune.allowed.time), widths_of(anatomy, options)
-    scenario = limit.scenario
-    if limit.speedup is not None and None not in widths:
-        raise InputError(
-            f"budget: {recipe.prune.allowed.time} needs the latency of the model itself, whose hidden size is not "
-            "among those of the result; give a time"
-        )
-    for width in widths:
+    scenario = parse_time(recipe.prune.allowed.time).scenario
+    for width in widths_timed(anatomy, options):
         if asked.runtime == ROOFLINE:
             table = estimate(base, [scenario], target, asked.sizes, asked.peaks(), served, width)
             times[table.key.shape.hidden_size] = table.times(str(scenario))

@@ -6,7 +6,7 @@ import pytest
 
 from numprune.bootstrap import bootstrap_mean
 from numprune.flows.studies import milliseconds
-from numprune.flows.studies.milliseconds import gain
+from numprune.flows.studies.milliseconds import gain, rival_ms
 from numprune.tasks import Comparison
 from tests.flows.timing import DECODE, ignore_noise, write_table
 
@@ -23,9 +23,16 @@ def lost(*by_document: float) -> Comparison:
 def test_the_rival_is_between_the_models_of_less_and_of_more_loss() -> None:
     ms = {"dense": [10.0, 10.0, 10.0], "a third": [8.0, 8.0, 8.0], "half": [5.0, 5.0, 5.0], "mine": [6.0, 6.0, 6.0]}
     losses = {"a third": lost(0.1, 0.1, 0.1), "half": lost(0.3, 0.3, 0.3), "mine": lost(0.15, 0.15, 0.15)}
-    assert gain("mine", ["dense", "a third", "half"], ms, losses) == pytest.approx((7.25 / 6,) * 3)
+    between = (0.15**0.5 - 0.1**0.5) / (0.3**0.5 - 0.1**0.5)  # of the square root of the loss
+    assert gain("mine", ["dense", "a third", "half"], ms, losses) == pytest.approx(((8 - 3 * between) / 6,) * 3)
     losses["mine"] = lost(0.05, 0.05, 0.05)
-    assert gain("mine", ["dense", "a third", "half"], ms, losses) == pytest.approx((9 / 6,) * 3)
+    assert gain("mine", ["dense", "a third", "half"], ms, losses) == pytest.approx(((10 - 2 * 0.5**0.5) / 6,) * 3)
+
+
+def test_a_rival_that_is_better_and_faster_replaces_the_others() -> None:
+    assert rival_ms(0.1, np.array([0.0, 0.2, 0.1]), np.array([10.0, 9.0, 8.0])) == pytest.approx(8)
+    assert rival_ms(0.2, np.array([0.0, 0.2, 0.4]), np.array([10.0, 8.0, 9.0])) == pytest.approx(8)
+    assert np.isnan(rival_ms(0.3, np.array([0.0, 0.2]), np.array([10.0, 8.0])))
 
 
 def test_the_interval_is_of_visits_and_documents() -> None:
