@@ -107,15 +107,16 @@ def estimated(
         raise InputError(f"timings: {peaks.name} has no peak for values of {BYTES[dtype]} bytes; give its rates")
     if served.scheme and served.scheme.is_float and not peaks.fp8:
         raise InputError(f"timings: {peaks.name} does not multiply FP8 numbers; choose w8a8 or w4a16")
-    roofline = _Roofline(anatomy, scenario, peaks, dtype, served)
+    rooflines = [(_Roofline(anatomy, step, peaks, dtype, served), count) for step, count in scenario.steps()]
     blocks: dict[str, list[BlockTime]] = {}
     for kind, of_kind in sizes.items():
         block = _largest(anatomy, kind)
         for size in of_kind:
-            ms = roofline.block(block.resized(_on_each(block, size, served.tensor_parallel)))
+            of_device = block.resized(_on_each(block, size, served.tensor_parallel))
+            ms = sum(count * roofline.block(of_device) for roofline, count in rooflines)
             time = BlockTime(ms=ms, interval95=(ms, ms), units=size.units, members=size.members)
             blocks.setdefault(kind, []).append(time)
-    ms = roofline.around()
+    ms = sum(count * roofline.around() for roofline, count in rooflines)
     around = Time(ms=ms, interval95=(ms, ms))  # an estimate has no interval
     return ScenarioTimes(scenario=str(scenario), around=around, blocks=blocks, estimated_for=peaks.name)
 

@@ -1,4 +1,4 @@
-"""What a model does in a budget of time: prefill, decode or a forward pass, in batches of one size, at one length.
+"""What a model does in a budget of time: prefill, decode, a whole request or a forward pass, of a batch of one length.
 
 No tensor library is needed.
 """
@@ -10,11 +10,16 @@ from typing import Any, Literal, cast
 from numprune.blocks import Anatomy
 from numprune.errors import InputError
 
-RULE = "decode,b=BATCH,ctx=TOKENS or prefill,b=BATCH,len=TOKENS"
+RULE = "decode,b=BATCH,ctx=TOKENS, prefill,b=BATCH,len=TOKENS or request,b=BATCH,len=TOKENS,out=TOKENS"
 RULE_OF_TEXTS, RULE_OF_IMAGES = "forward,b=BATCH,len=TOKENS", "forward,b=BATCH"
 _RULES = f"{RULE}; for encoders {RULE_OF_TEXTS}, or {RULE_OF_IMAGES} for images"
-_SCENARIO = re.compile(r"(decode|prefill|forward),b=(\d{1,6})(?:,(ctx|len)=(\d{1,9}))?")
-_LENGTH: dict[str, tuple[str | None, ...]] = {"decode": ("ctx",), "prefill": ("len",), "forward": ("len", None)}
+_SCENARIO = re.compile(r"(decode|prefill|request|forward),b=(\d{1,6})(?:,(ctx|len)=(\d{1,9}))?(?:,out=(\d{1,9}))?")
+_LENGTH: dict[str, tuple[str | None, ...]] = {
+    "decode": ("ctx",),
+    "prefill": ("len",),
+    "request": ("len",),
+    "forward": ("len", None),
+}
 _TIME = re.compile(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})\s*(us|ms|s|tok/s|x)@(.*)")
 _AMOUNT = re.compile("[\\d.]+\\s*(us|ms|s|tok/s|x|\N{MULTIPLICATION SIGN})")
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
@@ -22,29 +27,41 @@ _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 @dataclass(frozen=True)
 class Scenario:
-    """One step of a whole batch.
+    """What a whole batch does once.
 
     Attributes:
-        phase: "decode": one more token for each row; "prefill": a prompt until its first token; "forward": a forward
-            pass of an encoder.
+        phase: "decode": one more token for each row; "prefill": a prompt until its first token; "request": a prompt
+            and all tokens of the answer; "forward": a forward pass of an encoder.
         batch: rows.
         tokens: in the KV cache of each row before the step, or in each prompt or text; None for images.
+        output: tokens of each answer; None except for a request.
     """
 
-    phase: Literal["decode", "prefill", "forward"]
+    phase: Literal["decode", "prefill", "request", "forward"]
     batch: int
     tokens: int | None
+    output: int | None = None
 
     def __str__(self) -> str:
         length = "" if self.tokens is None else f",{'ctx' if self.phase == 'decode' else 'len'}={self.tokens}"
-        return f"{self.phase},b={self.batch}{length}"
+        output = "" if self.output is None else f",out={self.output}"
+        return f"{self.phase},b={self.batch}{length}{output}"
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens generated or read in one step. Raises InputError for images."""
+        """Tokens generated, or read if none is generated after the first. Raises InputError for images."""
         if self.tokens is None:
             raise InputError(f"budget in tok/s@{self}: images have no tokens; give a time")
+        if self.phase == "request":
+            return self.batch * (self.output or 0)
         return self.batch if self.phase == "decode" else self.batch * self.tokens
+
+    def steps(self) -> "list[tuple[Scenario, int]]":
+        """Return what it consists of, and how often: a request of its prefill, and of decoding at the mean length."""
+        if self.tokens is None or self.output is None:
+            return [(self, 1)]
+        decode = Scenario("decode", self.batch, self.tokens + (self.output - 2) // 2)
+        return [(Scenario("prefill", self.batch, self.tokens), 1), (decode, self.output - 1)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,11 @@ def parse_scenario(text: str) -> Scenario:
     found = _SCENARIO.fullmatch(text.replace(" ", ""))
     if found is None or found[3] not in _LENGTH[found[1]] or not int(found[2]) or not int(found[4] or 1):
         raise InputError(f"scenario is {text[:80]!r}; it must be {_RULES}, with numbers of at least 1")
-    return Scenario(cast(Any, found[1]), int(found[2]), int(found[4]) if found[4] else None)
+    if (found[1] == "request") != (int(found[5] or 0) > 1):
+        raise InputError(f"scenario is {text[:80]!r}; out, at least 2, is the length of the answers of a request")
+    return Scenario(
+        cast(Any, found[1]), int(found[2]), *(int(tokens) if tokens else None for tokens in found.group(4, 5))
+    )
 
 
 def check_scenario(scenario: Scenario, anatomy: Anatomy, positions: int) -> None:

@@ -71,9 +71,9 @@ def add(commands: Subcommands) -> None:
         action="extend",
         required=True,
         metavar="SCENARIO",
-        help="what to time: decode,b=BATCH,ctx=TOKENS (one step of the batch with so many tokens in the KV cache) or "
-        "prefill,b=BATCH,len=TOKENS; of encoders forward,b=BATCH,len=TOKENS, or forward,b=BATCH for images; may be "
-        "repeated",
+        help="what to time: decode,b=BATCH,ctx=TOKENS (one step of the batch with so many tokens in the KV cache), "
+        "prefill,b=BATCH,len=TOKENS or request,b=BATCH,len=TOKENS,out=TOKENS (prompts and their answers); of encoders "
+        "forward,b=BATCH,len=TOKENS, or forward,b=BATCH for images; may be repeated",
     )
     parser.add_argument("--out", required=True, metavar="TABLE", type=Path, help="the file to write; must not exist")
     parser.add_argument(

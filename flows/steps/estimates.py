@@ -36,7 +36,9 @@ def estimate(
     if served.lm_head_bits != 8:
         raise InputError("lm_head_bits is 4, which only the export onnxruntime stores; estimates are of 8")
     for scenario in scenarios:
-        check_scenario(scenario, anatomy, (scenario.tokens or 0) + (scenario.phase == "decode"))
+        check_scenario(
+            scenario, anatomy, max((step.tokens or 0) + (step.phase == "decode") for step, _ in scenario.steps())
+        )
     of_kinds = sizes_to_time(anatomy, target, sizes)
     return TimingTable(
         key=key,

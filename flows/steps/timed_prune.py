@@ -37,7 +37,12 @@ logger = logging.getLogger(__name__)
 
 _CORRECTIONS = 3
 _VISITS = 6  # of each side, in vLLM
-_METRICS = {"decode": "itl", "prefill": "ttft", "forward": "latency"}  # of the benchmark, by what is timed
+_METRICS = {
+    "decode": "itl",
+    "prefill": "ttft",
+    "request": "e2e",
+    "forward": "latency",
+}  # of the benchmark, by what is timed
 
 
 def time_budget(

@@ -358,7 +358,7 @@ class _Run:
 
 
 def timed_in(scenario: Scenario, anatomy: Anatomy) -> Timed:
-    return Timed(scenario.phase, scenario.batch, scenario.tokens or anatomy.context)
+    return Timed(scenario.phase, scenario.batch, scenario.tokens or anatomy.context, scenario.output)
 
 
 def _drift(scenario: str, start: Sequence[Mapping[str, float]], end: Sequence[Mapping[str, float]]) -> float:

@@ -39,20 +39,22 @@ _DRAWS = 2000
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed in a visit: a prefill of `batch` prompts of `tokens`, decode steps after it, or forward passes.
+    """What is timed in a visit: a prefill of `batch` prompts of `tokens`, decode steps after it, both for `output`
+    tokens, or forward passes.
 
-    `tokens` of images are those that the model makes of one.
+    `tokens` of images are those that the model makes of one. `output`: of a request.
     """
 
-    phase: Literal["prefill", "decode", "forward"]
+    phase: Literal["prefill", "decode", "request", "forward"]
     batch: int
     tokens: int
+    output: int | None = None
 
     def load(self) -> Load | EncoderLoad:
         """Return one pass over the batch, or all that a visit times of an encoder."""
         if self.phase == "forward":
             return EncoderLoad(batch_sizes=(self.batch,), lengths=(self.tokens,), passes=1 + _PREFILLS)
-        output = 2 if self.phase == "prefill" else 1 + _WARM + _STEPS
+        output = self.output or (2 if self.phase == "prefill" else 1 + _WARM + _STEPS)
         return Load(prompts=self.batch, batch_size=self.batch, prompt_length=self.tokens, output_length=output)
 
 
@@ -109,7 +111,7 @@ def visit(worker: Worker, runtime: Runtime, folder: Path, timed: Mapping[str, Ti
     spent: list[ThreadTimes] = []
     for name, one in timed.items():
         worker.ask(loads[name].prepares, **loads[name].work(vocabulary))
-        answers = [worker.ask("repeat") for _ in range(1 + _PREFILLS if one.phase == "prefill" else 1)]
+        answers = [worker.ask("repeat") for _ in range(1 if one.phase in ("decode", "forward") else 1 + _PREFILLS)]
         spent += [ThreadTimes(**answer["threads"]) for answer in answers]
         found[name] = statistics.median(_latencies(one.phase, answers))
     ran_s, waited_s = sum(one.ran_s for one in spent), sum(one.waited_s for one in spent)
@@ -121,7 +123,9 @@ def _latencies(phase: str, answers: Sequence[Mapping[str, Any]]) -> list[float]:
     if phase == "forward":
         return [one.latency_ms for one in Passes.from_json(answers[0]).passes[1:]]
     batches = [Repeat.from_json(answer).batches[0] for answer in answers]
-    return batches[0].itl_ms[_WARM:] if phase == "decode" else [batch.ttft_ms for batch in batches[1:]]
+    if phase == "decode":
+        return batches[0].itl_ms[_WARM:]
+    return [batch.e2e_ms if phase == "request" else batch.ttft_ms for batch in batches[1:]]
 
 
 def in_turn(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, visits: int) -> dict[str, list[float]]:

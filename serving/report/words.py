@@ -196,12 +196,12 @@ def latency(found: LatencyBudget) -> str:
         device = printable(found.estimated_for or "")
         before = f", from {number(found.dense_predicted.ms)} ms" if found.dense_predicted else ""
         return (
-            f"{most} in the step {printable(found.scenario)}{how}: estimated for {device}, "
+            f"{most} in the scenario {printable(found.scenario)}{how}: estimated for {device}, "
             f"not measured, are {number(found.predicted.ms)} ms{before}"
         )
     low, high = found.measured.interval95
     return (
-        f"{most} in the step {printable(found.scenario)} in {found.runtime}{how}: "
+        f"{most} in the scenario {printable(found.scenario)} in {found.runtime}{how}: "
         f"{number(found.predicted.ms)} ms predicted, {number(found.measured.ms)} ms measured ({span(low, high)}), from "
         f"{number(found.dense_measured.ms)} ms"
     )

@@ -125,7 +125,7 @@ def test_the_command_writes_a_table(
     numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ignore_noise(monkeypatch)
-    command = ("timings", inputs / "base", "--runtime", "onnxruntime", "--scenario", DECODE, "prefill,b=2,len=8")
+    command = ("timings", inputs / "base", "--runtime", "onnxruntime", "--scenario", DECODE, "request,b=2,len=8,out=4")
     command += ("--hidden-size", 32)
     out, form = tmp_path / "table.json", ("--scheme", "w4a16", "--group-size", 32, "--lm-head-bits", 4)
     answered = numprune(*command, *form, "--sizes", 2, "--align", 32, "--visits", 3, "--out", out, "--json")
@@ -134,7 +134,7 @@ def test_the_command_writes_a_table(
     assert table.key.quantization == "w4a16, groups of 32, output matrix in 4 bits"
     assert answered.json["key"] == table.key.model_dump()
     assert table.key.shape.hidden_size == 32
-    assert [times.scenario for times in table.scenarios] == [DECODE, "prefill,b=2,len=8"]
+    assert [times.scenario for times in table.scenarios] == [DECODE, "request,b=2,len=8,out=4"]
     assert [len(table.scenarios[0].blocks[kind]) for kind in ("attention", "mlp")] == [2, 2]
     refused = numprune(*command, "--out", out)
     assert refused.code == 1
@@ -145,7 +145,7 @@ def test_the_command_writes_a_table(
     ("options", "says"),
     [
         (("--scenario", "decode,b=1"), "scenario is 'decode,b=1'; it must be decode,b=BATCH,ctx=TOKENS"),
-        (("--scenario", FORWARD), "for the task causal-lm it must be decode,b=BATCH,ctx=TOKENS or prefill"),
+        (("--scenario", FORWARD), "for the task causal-lm it must be decode,b=BATCH,ctx=TOKENS, prefill"),
         (("--scenario", DECODE, DECODE), "the same scenario is given twice"),
         (("--scenario", "decode,b=1,ctx=99999"), "needs 100009 positions, and the model has 256"),
         (("--scenario", DECODE, "--sizes", 65), "65 must be from 2 to 64"),

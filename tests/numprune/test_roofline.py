@@ -62,6 +62,17 @@ def test_a_window_limits_the_keys(length):
     assert at_own_size(times, "attention") - at_own_size(times, "sliding-attention") == pytest.approx(saved * 1e-6)
 
 
+def test_a_request_is_a_prefill_and_decoding_at_the_mean_length():
+    request, prefill, decode = (
+        times_of(tiny_config("llama", **LLAMA), scenario, SLOW_MEMORY)
+        for scenario in ("request,b=2,len=16,out=9", "prefill,b=2,len=16", "decode,b=2,ctx=19")
+    )
+    assert request.around.ms == pytest.approx(prefill.around.ms + 8 * decode.around.ms)
+    for kind, found in request.blocks.items():
+        parts = [[time.ms for time in times.blocks[kind]] for times in (prefill, decode)]
+        assert [time.ms for time in found] == pytest.approx([a + 8 * b for a, b in zip(*parts, strict=True)])
+
+
 def test_encoders_see_every_token():
     times = times_of(tiny_config("bert", architectures=["BertForMaskedLM"]), "forward,b=1,len=10", SLOW_COMPUTER)
     projections = 4 * 64 * 128  # each tiled to 128 outputs

@@ -21,7 +21,7 @@ from numprune.options import PruneOptions
 from numprune.planned import check_plan
 from numprune.plans import read_plan
 from numprune.pruning import prune
-from numprune.scenario import Scenario, check_scenario, parse_scenario, parse_time
+from numprune.scenario import RULE, Scenario, check_scenario, parse_scenario, parse_time
 from numprune.served import AS_STORED
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
@@ -217,6 +217,7 @@ def test_blocks_of_one_size_share_the_error_of_their_time():
         ("1600tok/s@decode,b=8,ctx=2048", 5),
         ("1000tok/s@prefill,b=2,len=100", 200),
         ("1000tok/s@forward,b=2,len=100", 200),
+        ("1000tok/s@request,b=2,len=100,out=50", 100),
         ("5ms@forward,b=8", 5),
     ],
 )
@@ -245,12 +246,22 @@ def test_a_speedup_is_over_the_dense_model():
 def test_a_scenario_says_its_step():
     assert parse_scenario("decode,b=8,ctx=2048") == Scenario("decode", 8, 2048)
     assert parse_scenario("prefill,b=2,len=16").tokens_per_step == 32
+    request = parse_scenario("request,b=2,len=16,out=9")
+    assert request == Scenario("request", 2, 16, 9)
+    assert (str(request), request.tokens_per_step) == ("request,b=2,len=16,out=9", 18)
+    assert [(str(step), count) for step, count in request.steps()] == [
+        ("prefill,b=2,len=16", 1),
+        ("decode,b=2,ctx=19", 8),
+    ]
+    for text in ("request,b=2,len=16", "request,b=2,len=16,out=1", "prefill,b=2,len=16,out=4"):
+        with pytest.raises(InputError, match="out, at least 2, is the length of the answers of a request"):
+            parse_scenario(text)
 
 
 @pytest.mark.parametrize(
     ("family", "scenario", "rule"),
     [
-        ("llama", "forward,b=1,len=8", "decode,b=BATCH,ctx=TOKENS or prefill"),
+        ("llama", "forward,b=1,len=8", "decode,b=BATCH,ctx=TOKENS, prefill"),
         ("bert", "prefill,b=1,len=8", "for the task masked-lm it must be forward,b=BATCH,len=TOKENS"),
         ("bert", "forward,b=1", "it must be forward,b=BATCH,len=TOKENS"),
         ("vit", "forward,b=1,len=8", "for the task image-classification it must be forward,b=BATCH$"),
@@ -278,10 +289,11 @@ def test_images_have_no_tokens_per_second():
         "5ms@decode,b=0,ctx=4",
         "5ms@prefill,b=1,ctx=4",
         "5ms@decode,b=1",
+        "5ms@request,b=1,ctx=4,out=4",
     ],
 )
 def test_other_texts_are_refused_with_the_rule(text):
-    with pytest.raises(InputError, match=re.escape("decode,b=BATCH,ctx=TOKENS or prefill,b=BATCH,len=TOKENS")):
+    with pytest.raises(InputError, match=re.escape(f"{RULE}; for encoders")):
         parse_budgets([text])
 
 

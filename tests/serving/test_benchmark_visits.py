@@ -5,8 +5,36 @@ import pytest
 from numprune.errors import EnvironmentInvalid
 from numprune.serving.benchmark.load import Load
 from numprune.serving.benchmark.scheduler import ThreadTimes
-from numprune.serving.benchmark.visits import Visit, check_quiet, drift, order, weighted_medians
+from numprune.serving.benchmark.visits import Runtime, Timed, Visit, check_quiet, drift, order, visit, weighted_medians
 from numprune.serving.benchmark.vllm.engines import ahead
+
+
+class Looks:
+    """A worker that answers what it measured: each repeat is slower by a millisecond in the prefill."""
+
+    def __init__(self):
+        self.repeats = 0
+
+    def ask(self, what, **_):
+        if what != "repeat":
+            return {"vocabulary": 8}
+        self.repeats += 1
+        batch = {"size": 2, "prompt_length": 4, "ttft_ms": float(self.repeats), "itl_ms": [10.0, 10.0, 30.0, 30.0]}
+        return {"batches": [batch | {"failed": 0}], "threads": {"ran_s": 1.0, "waited_s": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("timed", "ms"),
+    [
+        (Timed("prefill", 2, 4), 3.0),  # the median of the repeats but the first: 2, 3, 4
+        (Timed("decode", 2, 4), 30.0),  # of the steps but the first two
+        (Timed("request", 2, 4, 5), 3.0 + 80.0),
+    ],
+)
+def test_a_visit_times_a_prefill_steps_or_a_whole_request(tmp_path, timed, ms):
+    found = visit(Looks(), Runtime("torch", "cpu", "float32"), tmp_path, {"": timed})
+    assert found.ms == {"": ms}
+    assert timed.load().output_length == (timed.output or (2 if timed.phase == "prefill" else 11))
 
 
 def test_every_round_visits_every_model_in_an_order_of_its_own():

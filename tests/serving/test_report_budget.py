@@ -64,10 +64,10 @@ def test_text_and_page_say_the_budget_of_time_and_what_was_measured() -> None:
     }
     report = Report.model_validate(data)
     for shown in (markdown(report), page.html(report)):
-        assert "at most 20 ms in the step decode,b=8,ctx=2048 in onnxruntime" in shown
+        assert "at most 20 ms in the scenario decode,b=8,ctx=2048 in onnxruntime" in shown
         assert "19.75 ms predicted, 19.50 ms measured (19.2 to 19.8), from 27.50 ms" in shown
     data["pruning"]["latency"]["speedup"] = 1.375
-    assert "at most 20 ms for 1.375x in the step decode,b=8,ctx=2048" in markdown(Report.model_validate(data))
+    assert "at most 20 ms for 1.375x in the scenario decode,b=8,ctx=2048" in markdown(Report.model_validate(data))
 
 
 @pytest.mark.parametrize("metric", ["speed.onnxruntime.decode_tokens_per_s.ratio", "pruning.latency.predicted.ms"])

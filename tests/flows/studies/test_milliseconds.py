@@ -58,7 +58,7 @@ def test_budgets_are_compared_with_ratios_of_as_many_parameters(
     ignore_noise(monkeypatch)
     base, text = tiny_checkpoint(), tmp_path / "text.txt"
     text.write_text(Path(milliseconds.__file__).read_text(encoding="utf-8") * 2, encoding="utf-8")
-    whole = write_table(base, tmp_path / "table.json", SLOWER)
+    whole = write_table(base, tmp_path / "table.json", SLOWER, scenario="request,b=1,len=8,out=4")
     limit = float(f"{0.8 * whole:.6g}")
     texts = ["--calibration", str(text), "--heldout", str(text), "--samples", "8", "--sequence-length", "32"]
     asked = ["--timings", str(tmp_path / "table.json"), "--limits", str(limit), "--ratios", "0.2,0.6", "--visits", "3"]
