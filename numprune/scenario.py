@@ -78,7 +78,7 @@ def parse_scenario(text: str) -> Scenario:
     found = _SCENARIO.fullmatch(text.replace(" ", ""))
     if found is None or found[3] not in _LENGTH[found[1]] or not int(found[2]) or not int(found[4] or 1):
         raise InputError(f"scenario is {text[:80]!r}; it must be {_RULES}, with numbers of at least 1")
-    if (found[1] == "request") != (int(found[5] or 0) > 1):
+    if int(found[5] or 0) < 2 if found[1] == "request" else found[5]:
         raise InputError(f"scenario is {text[:80]!r}; out, at least 2, is the length of the answers of a request")
     return Scenario(
         cast(Any, found[1]), int(found[2]), *(int(tokens) if tokens else None for tokens in found.group(4, 5))

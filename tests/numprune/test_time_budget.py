@@ -253,7 +253,7 @@ def test_a_scenario_says_its_step():
         ("prefill,b=2,len=16", 1),
         ("decode,b=2,ctx=19", 8),
     ]
-    for text in ("request,b=2,len=16", "request,b=2,len=16,out=1", "prefill,b=2,len=16,out=4"):
+    for text in ("request,b=2,len=16", "request,b=2,len=16,out=1", "prefill,b=2,len=16,out=0"):
         with pytest.raises(InputError, match="out, at least 2, is the length of the answers of a request"):
             parse_scenario(text)
 
