@@ -65,8 +65,9 @@ def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     w8a8 = Served(Scheme("w8a8"))
     quantized = as_served(half, tmp_path / "quantized", w8a8)
     decode, prefill = visits.Timed("decode", 3, 16), visits.Timed("prefill", 2, 40)
+    request = visits.Timed("request", 2, 40, 12)
     with used.start() as worker:  # importing vLLM takes long
-        made = visits.visit(worker, used, base, {"decode": decode, "prefill": prefill})
+        made = visits.visit(worker, used, base, {"decode": decode, "prefill": prefill, "request": request})
         in_half = runtime_of(half, "vllm", w8a8)
         assert visits.visit(worker, in_half, quantized, {"decode": decode}).ms["decode"] > 0
         if found.cpu:
@@ -77,7 +78,7 @@ def test_models_are_timed_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             worker.ask("prepare", token_ids=[[1]] * 5000, batch_size=5000, output_length=2)
         monkeypatch.setattr(Runtime, "start", lambda _: nullcontext(worker))
         ms = visits.in_turn(used, {"base": base, "smaller": tmp_path / "smaller"}, decode, 1)
-    assert made.ms.keys() == {"decode", "prefill"}
+    assert made.ms.keys() == {"decode", "prefill", "request"}
     assert {name: len(found) for name, found in ms.items()} == {"base": 1, "smaller": 1}
     assert min(*made.ms.values(), *ms["base"], *ms["smaller"], made.threads.ran_s) > 0
 
