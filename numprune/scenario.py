@@ -118,7 +118,7 @@ def parse_time(text: str) -> StepLimit:
     if found is None or not float(found[1]):
         raise InputError(
             f"budget is {text[:80]!r}; it must be a time or throughput over 0, or a speedup over 1, like 20ms, "
-            f"1500tok/s or 1.3x, at @{_RULES}"
+            f"1500tok/s or 1.3x, followed by @ and {_RULES}"
         )
     scenario = parse_scenario(found[3])
     amount, unit = float(found[1]), found[2]

@@ -65,9 +65,9 @@ def add(commands: Subcommands) -> None:
         action="append",
         help="bytes of all weights after quantization to --scheme, like 6GiB; with --timings the time of one step, "
         "like 20ms@decode,b=8,ctx=2048, a throughput, like 1500tok/s@decode,b=8,ctx=2048, or a speedup, like "
-        "1.3x@decode,b=8,ctx=2048; or bytes of KV cache, like kv=64KiB/token; may be repeated, for each "
-        "of these; replaces --ratio, and is divided by allocation "
-        "error; bytes of KV cache of a sequence, like kv=8MiB@ctx=4096, are met by --window (default: none)",
+        "1.3x@decode,b=8,ctx=2048; or bytes of KV cache, like kv=64KiB/token; may be repeated, for each of these; "
+        "replaces --ratio, and is divided by allocation error; bytes of KV cache of a sequence, like "
+        "kv=8MiB@ctx=4096, are met by --window (default: none)",
     )
     parser.add_argument(
         "--timings",

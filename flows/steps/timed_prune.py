@@ -268,10 +268,12 @@ def _benchmarked(runtime: Runtime, sides: Mapping[str, Path], timed: Timed, scra
         raise EnvironmentInvalid(f"{'; '.join(found['environment']['reasons'])}; {QUIET}")
     metric = _METRICS[timed.phase]
     by_repeat = {side: found["speed"][side]["by_repeat"][metric] for side in sides}
-    for side, values in by_repeat.items():
-        if all(value is None for value in values):
-            raise InputError(f"the {side}: every request of the measurement failed, with logits that are not finite")
     both = [values for values in zip(*by_repeat.values(), strict=True) if None not in values]
+    if not both:
+        failed = [side for side, values in by_repeat.items() if None in values]
+        raise InputError(
+            f"the {' and the '.join(failed)}: requests fail in every repeat, with logits that are not finite"
+        )
     return {side: [values[index] for values in both] for index, side in enumerate(by_repeat)}
 
 
